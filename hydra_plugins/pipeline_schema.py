@@ -1,0 +1,60 @@
+"""The types of every configuration key, known to Hydra while DVC composes conf/ into params.yaml.
+
+Hydra imports this folder by itself (a namespace package: no __init__.py) when the repository is on sys.path. With the
+schema first in the defaults list, an unknown key or a wrong type fails before any output is touched.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from stages.lib.schema.base_model import BaseModel
+from stages.lib.schema.data import Data
+from stages.lib.schema.dedup import Dedup
+from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.export import Export
+from stages.lib.schema.lora import Lora
+from stages.lib.schema.merge import Merge
+from stages.lib.schema.numerics import Numerics
+from stages.lib.schema.pack import Pack
+from stages.lib.schema.prompt import Prompt
+from stages.lib.schema.runtime import Runtime
+from stages.lib.schema.split import Split
+from stages.lib.schema.sweep import Sweep
+from stages.lib.schema.train import Train
+
+
+@dataclass
+class Config:
+    base_model: BaseModel
+    data: Data
+    prompt: Prompt
+    dedup: Dedup
+    split: Split
+    pack: Pack
+    lora: Lora
+    train: Train
+    evaluate: Evaluate
+    merge: Merge
+    export: Export
+    numerics: Numerics
+    runtime: Runtime
+    sweep: Sweep
+    seed: int
+    checked: str
+
+
+def check(*, _root_: DictConfig) -> str:
+    """Build every section's dataclass, which checks its own ranges; DVC resolves this while it composes.
+
+    Raises: errors.ConfigError, naming the keys.
+    """
+    sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
+    OmegaConf.to_object(sections)
+    return "while composed"
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("check", check, replace=True)

@@ -1,0 +1,25 @@
+"""Which python runs the stages, and where the project's own repository is."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def root() -> Path:
+    """The user's repository: DVC names it in DVC_ROOT, also while an experiment runs in a temporary copy of it."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def fault() -> str | None:
+    """Why this python must not run a stage, in one line; None when it may.
+
+    The environment is `.venv` of the repository, or the one that PIPELINE_ENV names (a container, a cluster's module).
+    """
+    expected = Path(os.environ.get("PIPELINE_ENV", root() / ".venv")).resolve()
+    found = Path(sys.prefix).resolve()
+    if found == expected:
+        return None
+    return (
+        f"python of {found} runs a stage, expected the one of {expected}. "
+        "Type `make env`, then put .venv/bin first on PATH (make does), or name another environment in PIPELINE_ENV."
+    )

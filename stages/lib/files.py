@@ -1,0 +1,87 @@
+"""Reading and writing: equal content gives equal bytes, and nothing half-written is left in place."""
+
+import csv
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write a file or folder to; put it in place only when the block ends well.
+
+        with replacing(Path("data/splits")) as new:   # new = data/splits.partial, an absent path
+            new.mkdir(); ...                          # an exception removes it, data/splits stays as it was
+    """
+    new = path.with_name(path.name + ".partial")
+    _remove(new)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield new
+        old = path.with_name(path.name + ".old")
+        _remove(old)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        _remove(old)
+    finally:
+        _remove(new)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a Parquet file, or of a folder of Parquet shards in the order of their names."""
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as one Parquet file, in the order given; the bytes depend on rows and schema alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted keys, one final newline. NaN and infinity are refused: no reader agrees on them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Columns as in the first row; a row with other columns is an error of ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,23 @@
+"""conf/evaluate: how base and tuned model are compared."""
+
+from dataclasses import dataclass
+
+from stages.lib.errors import check_values
+
+
+@dataclass
+class Evaluate:
+    fewshot: int  # examples from train in front of the few-shot prompts
+    batch_size: int
+    max_new_tokens: int
+    bootstrap_samples: int
+    confidence: float
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("evaluate.fewshot", self.fewshot, self.fewshot > 0, "a positive number of examples"),
+            ("evaluate.batch_size", self.batch_size, self.batch_size > 0, "a positive number of rows"),
+            ("evaluate.max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "a positive number of tokens"),
+            ("evaluate.bootstrap_samples", self.bootstrap_samples, self.bootstrap_samples >= 100, "at least 100"),
+            ("evaluate.confidence", self.confidence, 0.5 <= self.confidence < 1, "at least 0.5, below 1"),
+        )

@@ -1,0 +1,24 @@
+"""conf/merge: which weights the adapter is merged into."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from stages.lib.errors import check_values
+
+
+class Base(StrEnum):
+    dequantized = "dequantized"  # models/base through NF4 and back: what the adapter was trained on
+    original = "original"  # models/base as it is
+
+
+@dataclass
+class Merge:
+    base: Base
+    max_kl: float  # nats per token against 4-bit base + adapter, mean over held-out rows
+    rows: int  # held-out rows measured
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("merge.max_kl", self.max_kl, self.max_kl > 0, "above 0 nats"),
+            ("merge.rows", self.rows, self.rows > 0, "a positive number of rows"),
+        )

@@ -1,0 +1,20 @@
+"""conf/split: how rows are divided into train, validation and test."""
+
+from dataclasses import dataclass
+
+from stages.lib.errors import check_values
+
+
+@dataclass
+class Split:
+    validation_fraction: float
+    test_fraction: float
+    max_rows: dict[str, dict[str, int]]  # split -> task -> rows kept at most; a task that is not named is not limited
+
+    def __post_init__(self) -> None:
+        held_out = self.validation_fraction + self.test_fraction
+        check_values(
+            ("split.validation_fraction", self.validation_fraction, self.validation_fraction > 0, "above 0"),
+            ("split.test_fraction", self.test_fraction, self.test_fraction > 0, "above 0"),
+            ("split.validation_fraction + split.test_fraction", held_out, held_out < 1, "below 1, the rest is train"),
+        )
