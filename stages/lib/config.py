@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.lib.errors import ConfigError
@@ -30,7 +30,7 @@ def load(schema: type[P], overrides: Sequence[str] = (), path: Path = Path("para
     try:
         with initialize_config_dir(str(path.resolve().parent), version_base=None):
             found = compose(path.stem, overrides=list(overrides))
-        known = cast(DictConfig, OmegaConf.masked_copy(found, [name for name in names if name in found]))
+        known = OmegaConf.masked_copy(found, [name for name in names if name in found])
         return cast(P, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known)))
     except (HydraException, OmegaConfBaseException) as fault:
         if isinstance(cause := fault.__cause__, ConfigError):

@@ -24,7 +24,7 @@ RECORD = pa.schema(
 def make(
     messages: Sequence[Mapping[str, str]], *, group: str, source: str, task: str, meta: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One record. Its id is the sha256 of task and messages: equal content, equal id, whatever the file or its order."""
+    """One record. Its id is the sha256 of task and messages: equal content, equal id, whatever the file."""
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
     return {
         "id": digest([task, turns]),
@@ -38,4 +38,6 @@ def make(
 
 def digest(value: Any) -> str:
     """sha256, in hex, of a value's canonical JSON text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()

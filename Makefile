@@ -1,0 +1,51 @@
+# One line per verb. Every target that needs python needs .venv, and makes it when it is not there.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help env repro test test-long lint ui sync params deps pin export clean lock
+
+help:  ## what can be typed
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
+
+env: .venv/installed  ## create .venv with what requirements.lock pins
+
+.venv/installed: requirements.lock pyproject.toml commands/install.py
+	$(PYTHON) -m commands.install
+
+repro: env  ## run the pipeline: only what is not up to date
+	@python -m commands.differences
+	dvc repro
+
+test: env  ## lint-free, offline, CPU-only tests; minutes
+	pytest -q
+
+test-long: env  ## the tests marked slow; up to an hour
+	pytest -q -m slow
+
+lint: env  ## ruff and mypy
+	ruff check . && ruff format --check . && mypy stages commands
+
+ui: sync  ## MLflow on http://127.0.0.1:5000
+	python -m commands.ui
+
+sync: env  ## bring every DVC experiment into MLflow
+	python -m commands.sync
+
+params: env  ## write the composed defaults of conf/ to params.yaml
+	python -m commands.params
+
+deps: env  ## write into dvc.yaml which modules each stage imports
+	python -m commands.deps
+
+pin: env  ## resolve base_model.revision: null to a commit, once
+	python -m commands.pin
+
+export: env  ## merge and export the chosen experiment: make export EXP=<name>
+	dvc exp apply $(EXP)
+	dvc repro
+
+clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
+	python -m commands.clean
+
+lock: env  ## renew requirements.lock from pyproject.toml
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev pyproject.toml -o requirements.lock

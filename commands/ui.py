@@ -1,0 +1,19 @@
+"""make ui: MLflow's pages, on this machine only. They show everything to whoever reaches them: never publish the port."""
+
+import os
+import sys
+
+from stages.lib import tracking
+
+
+def main() -> int:
+    uri = tracking.address(None)
+    tracking.connect(uri)
+    port = os.environ.get("PORT", "5000")
+    print(f"MLflow on http://127.0.0.1:{port}, store {uri}; end with Ctrl-C", flush=True)
+    server = ["mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    os.execvp(server[0], server)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Arithmetic, decided in one place: library modes before torch is imported, device and dtypes after.
+
+Same inputs give the same bytes only while the matrix library takes one code path whatever the number of threads and the
+load of the machine: MKL's conditional numerical reproducibility with STRICT
+(https://www.intel.com/content/www/us/en/docs/onemkl/developer-guide-linux/2024-0/obtaining-numerically-reproducible-results.html).
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.lib.schema.numerics import Determinism, Device, Numerics
+
+
+def settle(numerics: Numerics, threads: int | None) -> dict[str, str]:
+    """Set what the arithmetic libraries read from the environment, once, when they are first loaded.
+
+    Args: threads: cores to use; None for all that this process may run on.
+    Returns: the variables set, for the record of this run.
+    """
+    if "torch" in sys.modules:
+        raise AssertionError("torch was imported before its numerics were settled; import it inside main()")
+    cores = str(threads or len(os.sched_getaffinity(0)))
+    variables = {
+        "OMP_NUM_THREADS": cores,
+        "MKL_NUM_THREADS": cores,
+        "MKL_DYNAMIC": "FALSE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if numerics.determinism is Determinism.strict:
+        variables |= {"MKL_CBWR": f"{_vector_extension()},STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    os.environ.update(variables)
+    return variables
+
+
+def _vector_extension() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return "AVX512" if cpuinfo.exists() and "avx512f" in cpuinfo.read_text() else "AVX2"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` came to. Dtypes by their torch names, so that asking does not need torch."""
+
+    device: str
+    compute_dtype: str
+    adapter_dtype: str
+    reason: str
+
+
+def resolve(numerics: Numerics) -> Resolved:
+    """Choose device and dtypes where the configuration says auto.
+
+    CPU: float32 for both; bfloat16 without AMX is slower there. CUDA: bfloat16 compute where the card has it, float32
+    adapters, since LoRA updates below bfloat16's 8 bits of precision would be lost.
+    """
+    import torch
+
+    device = str(numerics.device)
+    if numerics.device is Device.auto:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    compute, adapter = str(numerics.compute_dtype), str(numerics.adapter_dtype)
+    reason = f"device={device} ({'found' if numerics.device is Device.auto else 'configured'})"
+    if compute == "auto":
+        compute = "bfloat16" if has_bfloat16 else "float32"
+        reason += f", compute {compute} ({'the card has it' if has_bfloat16 else 'no bfloat16 matrix units used'})"
+    if adapter == "auto":
+        adapter = "float32"
+        reason += ", adapters float32 (small updates survive)"
+    return Resolved(device, compute, adapter, reason)
+
+
+def seed_everything(seed: int, numerics: Numerics) -> None:
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels when determinism is strict."""
+    import torch
+    from transformers import set_seed
+
+    set_seed(seed)
+    torch.use_deterministic_algorithms(numerics.determinism is Determinism.strict, warn_only=True)

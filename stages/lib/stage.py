@@ -1,0 +1,87 @@
+"""The frame around every stage: typed parameters, arithmetic settled, one MLflow run, faults as one message."""
+
+import dataclasses
+import errno
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
+
+from stages.lib import config, environment, numerics, tracking
+from stages.lib.errors import PipelineError
+from stages.lib.schema.runtime import Runtime
+from stages.lib.schema.sweep import Sweep
+
+P = TypeVar("P")
+NO_SPACE = "No space left on device"  # also how native libraries word ENOSPC
+
+
+@dataclasses.dataclass
+class Outside:
+    """The sections that no stage tracks."""
+
+    runtime: Runtime
+    sweep: Sweep
+
+
+def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
+    """Run a stage's main with its typed parameters; end the process with one message where the user can mend the fault.
+
+    Exit status: 0 done; 2 a fault the message explains; 143 ended by SIGTERM; a traceback only for a fault of our own.
+    """
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        p = config.load(params, sys.argv[1:])
+        outside = config.load(Outside, sys.argv[1:])
+        logging.basicConfig(level=outside.runtime.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
+        with tracking.run(name, outside.runtime.tracking_uri, outside.sweep.id):
+            main(p)
+            tracking.measured |= {"wall_s": round(time.monotonic() - started, 2), "peak_mib": peak_mib()}
+    except PipelineError as fault:
+        sys.exit(_message(name, str(fault)))
+    except Exception as fault:
+        if not (isinstance(fault, OSError) and fault.errno == errno.ENOSPC) and NO_SPACE not in str(fault):
+            print(restoration(name), file=sys.stderr)
+            raise
+        sys.exit(
+            _message(name, f"{fault}\nThe disk is full. Free some of it (`make clean` says what this project holds).")
+        )
+
+
+def _message(name: str, fault: str) -> int:
+    print("\n".join(line for line in (f"{name}: {fault}", restoration(name)) if line), file=sys.stderr)
+    return 2
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise tracking.Killed(128 + number)
+
+
+def restoration(name: str) -> str:
+    """How to get back the outputs that DVC removed before it started the stage; empty where nothing was lost."""
+    in_user_repository = os.environ.get("DVC_STAGE") == name and environment.root() == Path.cwd()
+    recorded = in_user_repository and subprocess.run(
+        ["git", "show", "HEAD:dvc.lock"], capture_output=True, text=True, check=False
+    )
+    if not recorded or f"\n  {name}:" not in recorded.stdout:
+        return ""
+    return (
+        f"DVC removed the outputs of {name} before it started; the last ones are in its cache. "
+        "To get them back: git checkout dvc.lock && dvc checkout"
+    )
+
+
+def peak_mib() -> int:
+    """Peak resident memory of this process and of its largest finished child, MiB (Linux counts in KiB)."""
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024

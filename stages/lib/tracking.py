@@ -1,0 +1,287 @@
+"""What leaves a stage as numbers: metrics/<stage>.json first, then the same numbers in MLflow.
+
+One MLflow run holds one experiment, whichever stages of it ran in whichever process; it is found again by its key.
+MLflow being away never stops a stage: `make sync` brings in later what is missing.
+"""
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+from stages.lib import config, environment, files
+
+log = logging.getLogger("tracking")
+
+EXPERIMENT = "finetuning"
+COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*.json hold all of them
+    "val/loss",
+    "val/loss/base",
+    "val/loss/tuned",
+    "train/loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens_per_second",
+    "adapter/trainable_parameters",
+    "test/*/loss/base",
+    "test/*/loss/tuned",
+    "test/*/field_f1/*",
+    "test/*/json_valid/tuned",
+    "test/*/exact_match/tuned",
+    "test/*/rouge_l/tuned",
+    "test/*/chrf/tuned",
+    "merge/kl/mean",
+    "export/*/kl/mean",
+    "rows/train",
+    "rows/test",
+)
+MAX_COMPARED = 30  # more keys make the comparison view unreadable and slow
+
+measured: dict[str, Any] = {}
+"""Times, speeds, memory, host of this process: for runs/<key>/<stage>.json and MLflow, never for a DVC output."""
+
+_lost: list[str] = []  # why MLflow did not get everything; empty while it does
+
+
+class Killed(SystemExit):
+    """The process was asked to end (SIGTERM)."""
+
+
+def key() -> str:
+    """Which experiment this process works for: DVC's name, or, without one, what determines the result."""
+    if name := os.environ.get("DVC_EXP_NAME"):
+        return name
+    digest = hashlib.sha256(Path("params.yaml").read_bytes())
+    for source in sorted(Path("stages").rglob("*.py")):
+        digest.update(source.read_bytes())
+    return f"repro-{digest.hexdigest()[:8]}"
+
+
+def address(configured: str | None) -> str:
+    """MLflow's address: configured, or from MLFLOW_TRACKING_URI, or the SQLite file in the user's repository.
+
+    Absolute, because experiments run in temporary copies of the repository that are deleted afterwards.
+    """
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{environment.root()}/mlflow.db"
+
+
+def connect(uri: str) -> str:
+    """Point MLflow at the store, creating store and experiment once, under a lock; returns the experiment's id.
+
+    Four processes that start together on a missing SQLite file would otherwise crash three of them.
+    """
+    import mlflow
+
+    os.environ |= {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    with _lock():
+        if found := mlflow.get_experiment_by_name(EXPERIMENT):
+            return str(found.experiment_id)
+        is_local = uri.startswith("sqlite:")
+        artifacts = f"file://{environment.root()}/mlartifacts" if is_local else None
+        return mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
+
+
+def _lock() -> FileLock:
+    folder = environment.root() / "runs"
+    folder.mkdir(exist_ok=True)
+    return FileLock(folder / "tracking.lock", timeout=120)
+
+
+def run_of(name: str, experiment_id: str) -> str:
+    """The id of the one MLflow run of an experiment, created when there is none yet."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    with _lock():
+        found = client.search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        return str(client.create_run(experiment_id, run_name=name, tags={"dvc.exp_name": name}).info.run_id)
+
+
+@contextmanager
+def run(stage: str, uri: str | None, sweep_id: str | None) -> Iterator[None]:
+    """Hold the experiment's MLflow run open while a stage works, and leave its true status behind."""
+    measured.setdefault("host", socket.gethostname())
+    _softly(lambda: _open(stage, address(uri), sweep_id))
+    try:
+        yield
+    except BaseException as fault:
+        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt)) else "FAILED"
+        failure = f"{type(fault).__name__}: {fault}"[:5000]
+        _softly(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
+        raise
+    _softly(lambda: _log_measured(stage))
+    _softly(lambda: _close("FINISHED", {}))
+    _write_measured(stage)
+    if _lost:
+        log.warning("MLflow did not get everything (%s). `make sync` brings it in.", _lost[0])
+
+
+def _open(stage: str, uri: str, sweep_id: str | None) -> None:
+    import mlflow
+
+    experiment_id = connect(uri)
+    os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "5")
+    run_id = run_of(key(), experiment_id)
+    mlflow.start_run(run_id=run_id, log_system_metrics=True)
+    tags = {
+        "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
+        "git.commit": _git("rev-parse", "HEAD"),
+        "sweep_id": sweep_id or "",
+        "stage": stage,
+        "process": f"{socket.gethostname()}:{os.getpid()}",
+    }
+    mlflow.set_tags({name: value for name, value in tags.items() if value})
+    log_parameters(run_id, yaml.safe_load(Path("params.yaml").read_text()))
+    for earlier in upstream(stage):
+        _log_reported(earlier)
+
+
+def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:
+    """Log params.yaml flat (`lora.r`); keys the run has already stay as they are."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    client = MlflowClient()
+    known = client.get_run(run_id).data.params
+    flat = config.flat({name: value for name, value in params.items() if name != "checked"})
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in flat.items() if name not in known])
+
+
+def _close(status: str, tags: Mapping[str, str]) -> None:
+    import mlflow
+
+    if mlflow.active_run():
+        mlflow.set_tags(dict(tags))
+        mlflow.end_run(status)
+
+
+def _softly(action: Callable[[], object]) -> None:
+    """Do something with MLflow; when it cannot be had, remember why and carry on."""
+    if _lost:
+        return
+    try:
+        action()
+    except Exception as fault:
+        _lost.append(f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}")
+
+
+def _is_open() -> bool:
+    import sys
+
+    return "mlflow" in sys.modules and not _lost and sys.modules["mlflow"].active_run() is not None
+
+
+def upstream(stage: str) -> list[str]:
+    """The stages before this one in dvc.yaml: their metrics belong to the present experiment, later ones may not."""
+    names = list(yaml.safe_load(Path("dvc.yaml").read_text())["stages"])
+    return names[: names.index(stage)] if stage in names else []
+
+
+def report(stage: str, metrics: Mapping[str, float], measured: Mapping[str, float] | None = None) -> None:
+    """Write metrics/<stage>.json, print it, and bring the same numbers to MLflow.
+
+    Args: metrics: flat `part/measure` numbers that equal inputs reproduce.
+        measured: times, speeds and memory of this very run; they go to runs/ and MLflow only.
+    """
+    files.write_json(Path("metrics") / f"{stage}.json", dict(metrics))
+    globals()["measured"].update(measured or {})
+    for name, value in sorted(metrics.items()):
+        print(f"  {name:<48} {value:.6g}" if isinstance(value, float) else f"  {name:<48} {value}")
+    if _is_open():
+        _softly(lambda: _log_reported(stage))
+
+
+def compared(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that the runs table shows, in the order of COMPARED, at most MAX_COMPARED."""
+    chosen = {name: metrics[name] for pattern in COMPARED for name in sorted(metrics) if fnmatch.fnmatch(name, pattern)}
+    return dict(list(chosen.items())[:MAX_COMPARED])
+
+
+def _log_reported(stage: str) -> None:
+    """Attach a stage's metrics and plots, as they lie in the working folder, to the open run."""
+    import mlflow
+
+    path = Path("metrics") / f"{stage}.json"
+    if not path.exists():
+        return
+    mlflow.log_metrics(compared(files.read_json(path)))
+    mlflow.log_artifact(str(path), "metrics")
+    if stage == "dedup_split":
+        _log_dataset()
+
+
+def _log_dataset() -> None:
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    run = mlflow.active_run()
+    splits = sorted(Path("data/splits").glob("*.parquet"))
+    if run is None or not splits or (run.inputs and run.inputs.dataset_inputs):
+        return
+    digests = {path.name: files.sha256(path) for path in splits}
+    digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+    source = json.dumps({"path": "data/splits", "sha256": digests}, sort_keys=True)
+    dataset = Dataset("data/splits", digest, "dvc", source)
+    MlflowClient().log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_step(step: int, values: Mapping[str, float]) -> None:
+    """Add points to the live curves in MLflow, at an optimizer step."""
+    if _is_open():
+        import mlflow
+
+        _softly(lambda: mlflow.log_metrics(dict(values), step=step))
+
+
+def log_table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show rows as a table in MLflow, for instance generated samples; `name` without suffix."""
+    if _is_open() and rows:
+        import mlflow
+
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        _softly(lambda: mlflow.log_table(columns, artifact_file=f"{name}.json"))
+
+
+def log_file(path: Path, folder: str) -> None:
+    """Attach a file, for instance a report page or a plot's table."""
+    if _is_open():
+        import mlflow
+
+        _softly(lambda: mlflow.log_artifact(str(path), folder))
+
+
+def _log_measured(stage: str) -> None:
+    import mlflow
+
+    numbers = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+    mlflow.log_metrics(compared(numbers))
+    mlflow.log_dict(dict(measured), f"measured/{stage}.json")
+
+
+def _write_measured(stage: str) -> None:
+    record = measured | ({"mlflow_lost": _lost[0]} if _lost else {})
+    files.write_json(environment.root() / "runs" / key() / f"{stage}.json", record)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
