@@ -1,4 +1,4 @@
-"""make ui: MLflow's pages, on this machine only. They show everything to whoever reaches them: never publish the port."""
+"""make ui: MLflow's pages, for this machine only: whoever reaches the port sees everything, so never publish it."""
 
 import os
 import sys

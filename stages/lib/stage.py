@@ -55,7 +55,7 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
             print(restoration(name), file=sys.stderr)
             raise
         sys.exit(
-            _message(name, f"{fault}\nThe disk is full. Free some of it (`make clean` says what this project holds).")
+            _message(name, f"{fault}\nThe disk is full, nothing half-written was kept. Free some of it (`make clean` removes old results) and run again.")
         )
 
 

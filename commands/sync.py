@@ -1,0 +1,162 @@
+"""make sync: bring every DVC experiment into MLflow, also those that DVC took from its cache without running a line.
+
+Idempotent. Runs whose process has died are given their true status.
+"""
+
+import csv
+import io
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.lib import tracking
+
+Reader = Callable[[str], str | None]
+"""Text of a file of one experiment, by its path in the repository; None where it does not exist."""
+
+
+def main() -> int:
+    import mlflow
+
+    uri = tracking.address(None)
+    try:
+        experiment_id = tracking.connect(uri)
+    except mlflow.MlflowException as fault:
+        print(f"sync: no MLflow at {uri}: {str(fault).splitlines()[0]}. Set MLFLOW_TRACKING_URI.", file=sys.stderr)
+        return 2
+    names = experiments()
+    for name, revision in names.items():
+        bring_in(name, at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
+    if has_run(tracking.key(), experiment_id):
+        bring_in(tracking.key(), in_folder, experiment_id, {})
+    ended = reconcile(experiment_id)
+    print(f"sync: {len(names)} DVC experiments in MLflow; {ended} runs whose process is gone were ended")
+    return 0
+
+
+def experiments() -> dict[str, str]:
+    """Name -> commit of the experiments DVC keeps in this repository."""
+    shown = _git("for-each-ref", "--format=%(refname) %(objectname)", "refs/exps")
+    pairs = [line.split() for line in shown.splitlines()]
+    return {ref.split("/")[4]: commit for ref, commit in pairs if len(ref.split("/")) == 5}
+
+
+def at_revision(revision: str) -> Reader:
+    def read(path: str) -> str | None:
+        shown = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=False)
+        return shown.stdout if shown.returncode == 0 else None
+
+    return read
+
+
+def in_folder(path: str) -> str | None:
+    return Path(path).read_text() if Path(path).exists() else None
+
+
+def has_run(name: str, experiment_id: str) -> bool:
+    from mlflow import MlflowClient
+
+    return bool(MlflowClient().search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1))
+
+
+def up_to_date(pipeline: dict[str, Any], lock: dict[str, Any], params: dict[str, Any]) -> list[str]:
+    """The stages whose recorded result belongs to these params: others still show numbers of an earlier experiment."""
+    outs: dict[str, str] = {}
+    good = []
+    for name in pipeline["stages"]:
+        recorded = lock.get("stages", {}).get(name)
+        if recorded is None:
+            continue
+        has_params = all(
+            params.get(key) == value for key, value in recorded.get("params", {}).get("params.yaml", {}).items()
+        )
+        made_by_us = {out["path"] for stage in lock["stages"].values() for out in stage.get("outs", [])}
+        has_deps = all(
+            outs.get(dep["path"]) == dep["md5"] for dep in recorded.get("deps", []) if dep["path"] in made_by_us
+        )
+        if has_params and has_deps:
+            good.append(name)
+            outs |= {out["path"]: out["md5"] for out in recorded.get("outs", [])}
+    return good
+
+
+def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> None:
+    """Fill in what the experiment's MLflow run does not have yet: parameters, metrics, curves, hashes of outputs."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, RunTag
+
+    pipeline, lock, params = (yaml.safe_load(read(path) or "{}") for path in ("dvc.yaml", "dvc.lock", "params.yaml"))
+    was_run = has_run(name, experiment_id)
+    run_id = tracking.run_of(name, experiment_id)
+    tracking.log_parameters(run_id, params)
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    metrics: dict[str, float] = {}
+    for stage in up_to_date(pipeline, lock, params):
+        metrics |= yaml.safe_load(read(f"metrics/{stage}.json") or "{}")
+        for out in lock["stages"][stage].get("outs", []):
+            tags[f"md5.{out['path']}"] = out["md5"]
+        if stage == "qlora_train" and "train/loss" not in run.data.metrics:
+            client.log_batch(run_id, metrics=curve(read("plots/train.csv") or ""))
+    missing = {key: value for key, value in tracking.compared(metrics).items() if key not in run.data.metrics}
+    if sweep := params.get("sweep", {}).get("id"):
+        tags["sweep_id"] = sweep
+    if not was_run:
+        tags["dvc.cached"] = "true"
+    client.log_batch(
+        run_id,
+        metrics=[Metric(key, value, run.info.start_time, 0) for key, value in missing.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    if not was_run:
+        client.set_terminated(run_id, "FINISHED")
+
+
+def curve(table: str) -> list[Any]:
+    """The points of plots/train.csv whose column the runs table shows."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, float(value), 0, int(row["step"]))
+        for row in csv.DictReader(io.StringIO(table))
+        for key, value in row.items()
+        if value and key in tracking.COMPARED
+    ]
+
+
+def reconcile(experiment_id: str) -> int:
+    """End the runs that this machine left RUNNING and whose process is gone; returns how many."""
+    from mlflow import MlflowClient
+
+    client, ended = MlflowClient(), 0
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
+        host, _, process = run.data.tags.get("process", ":").partition(":")
+        if host == socket.gethostname() and process.isdigit() and not _is_alive(int(process)):
+            client.set_tag(run.info.run_id, "failure", "the process ended without a word (killed, or out of memory)")
+            client.set_terminated(run.info.run_id, "KILLED")
+            ended += 1
+    return ended
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
