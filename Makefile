@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long lint ui sync params deps pin export clean lock
+.PHONY: help env repro test test-long lint ui plots sync params deps pin export clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -27,6 +27,13 @@ lint: env  ## ruff and mypy
 
 ui: sync  ## MLflow on http://127.0.0.1:5000
 	python -m commands.ui
+
+plots: env .dvc/plots/node_modules  ## draw the plots as a page: dvc_plots/index.html
+	dvc plots show
+
+.dvc/plots/node_modules: .dvc/plots/package.json
+	npm install --silent --no-audit --no-fund --prefix .dvc/plots
+	touch $@
 
 sync: env  ## bring every DVC experiment into MLflow
 	python -m commands.sync
