@@ -1,0 +1,142 @@
+"""The one place that loads models: the NF4 base as in training, base with adapter, and ordinary 16-bit folders.
+
+Nothing here runs code of a model folder, reaches the network or reads a pickle.
+"""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
+
+from stages.lib import files, numerics
+from stages.lib.chat import load_tokenizer
+from stages.lib.errors import ModelError
+from stages.lib.schema.numerics import Numerics, Quantization
+
+__all__ = ["dequantized", "load_base", "load_dense", "load_tokenizer", "load_tuned"]
+
+
+def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedModel:
+    """The frozen base: NF4 in blocks of 64, their scales quantized again when n.double_quantization.
+
+    Args: folder: 16-bit weights, quantized while loading, or a folder whose config.json says it is 4-bit already.
+        n: with quantization `none` the base stays at the compute type (LoRA instead of QLoRA).
+        dense: the same NF4 values as ordinary Linear layers in the compute type; on CPU equal to the bit, and faster
+        where weights are used more often than they are worth unpacking.
+    Raises: ModelError, when the folder is no model, or holds no safetensors.
+    """
+    resolved = numerics.resolve(n)
+    compute = getattr(torch, resolved.compute_dtype)
+    recipe = {}
+    if n.quantization is Quantization.nf4 and "quantization_config" not in _config(folder):
+        recipe["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=n.double_quantization,
+            bnb_4bit_compute_dtype=compute,
+        )
+    model = _from_folder(folder, resolved, **recipe)
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
+            # form that has no backward: the gradients of every later step are wrong, without a word. Not here.
+            layer.support_avx512bf16_for_cpu = False
+    return _densify(model, compute) if dense and model.is_quantized else model
+
+
+def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -> PeftModel:
+    """The base with its trained adapter, in eval mode; `with model.disable_adapter()` gives the base.
+
+    Raises: ModelError, when the adapter's tensors are not exactly the ones its configuration asks for.
+    """
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{adapter}: no adapter found, expected {weights.name} and adapter_config.json. Run qlora_train."
+        )
+    resolved = numerics.resolve(n)
+    model = PeftModel.from_pretrained(
+        load_base(base, n, dense=dense), adapter, torch_device=resolved.device, autocast_adapter_dtype=False
+    )
+    stored = load_file(weights)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if stored.keys() != expected.keys():
+        missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+        raise ModelError(
+            f"{weights}: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected {unexpected[:2]}, "
+            f"expected the {len(expected)} that adapter_config.json describes for {base}. Run qlora_train again."
+        )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(getattr(torch, resolved.adapter_dtype))
+    return model.eval()
+
+
+def load_dense(folder: Path, n: Numerics) -> PreTrainedModel:
+    """An ordinary Hugging Face folder (16-bit base, merged model) in the compute type, in eval mode.
+
+    Raises: ModelError, when the folder is no model, holds no safetensors, or is quantized.
+    """
+    if "quantization_config" in _config(folder):
+        raise ModelError(f"{folder}: weights are quantized, expected 16 or 32 bit. Use load_base for a 4-bit folder.")
+    return _from_folder(folder, numerics.resolve(n))
+
+
+def dequantized(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:
+    """The values a 4-bit layer multiplies with, (out, in), as its own forward unpacks them."""
+    state = layer.weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        outer = state.state2
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, outer.absmax, outer.code, outer.blocksize, torch.float32
+        )
+        absmax = absmax + state.offset
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        layer.weight.data.view(-1, 1), absmax, state.blocksize, state.quant_type, state.shape, dtype
+    )
+
+
+def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Replace each 4-bit layer by a Linear that holds its dequantized values."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bnb.nn.Linear4bit):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(dequantized(layer, dtype), requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+            model.set_submodule(name, plain.train(layer.training))
+    # An ordinary model now: PEFT and save_pretrained look at these marks.
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = False
+    return model
+
+
+def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> PreTrainedModel:
+    logging.disable_progress_bar()  # hundreds of lines for a load of seconds
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, resolved.compute_dtype),
+            device_map={"": resolved.device},
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            **more,
+        )
+    except (OSError, ValueError) as fault:
+        raise ModelError(f"{folder}: cannot load a causal language model from it: {fault}") from fault
+    return model.eval()
+
+
+def _config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: not found, expected a Hugging Face model folder. Run the stage base_model.")
+    return files.read_json(path)
