@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from stages.lib.errors import check_values
 
+COMMIT = r"[0-9a-f]{40}"
+
 
 class Source(StrEnum):
     package = "package"
@@ -24,13 +26,47 @@ class BaseModel:
     license_url: str
 
     def __post_init__(self) -> None:
-        is_sha = self.revision is None or bool(re.fullmatch(r"[0-9a-f]{40}", self.revision))
-        check_values(
-            ("base_model.revision", self.revision, is_sha, "a commit of 40 hex digits (`make pin` resolves one)"),
-            (
-                "base_model.package",
-                self.package,
-                self.source is not Source.package or bool(self.package and "==" in self.package),
-                "name==version, with base_model.package_file and package_sha256, when base_model.source=package",
-            ),
-        )
+        if self.source is Source.hub:
+            check_values(
+                ("base_model.id", self.id, bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.id)), "owner/name on the hub"),
+                (
+                    "base_model.revision",
+                    self.revision,
+                    bool(re.fullmatch(COMMIT, self.revision or "")),
+                    "a commit of 40 hex digits. A branch moves; type `make pin` once: it asks the hub and writes the "
+                    "commit into conf/base_model",
+                ),
+            )
+        else:
+            check_values(
+                (
+                    "base_model.package",
+                    self.package,
+                    bool(re.fullmatch(r"[A-Za-z0-9._-]+==[^=<>*]+", self.package or "")),
+                    "a pinned package of the registry, name==version",
+                ),
+                (
+                    "base_model.package_file",
+                    self.package_file,
+                    bool(self.package_file),
+                    "the GGUF file inside the package",
+                ),
+                (
+                    "base_model.package_sha256",
+                    self.package_sha256,
+                    bool(re.fullmatch(r"[0-9a-f]{64}", self.package_sha256 or "")),
+                    "the sha256 of that file, 64 hex digits",
+                ),
+            )
+
+    def pinned_revision(self) -> str:
+        """The commit; a hub model without one has been refused above."""
+        assert self.revision is not None
+        return self.revision
+
+    def pinned_package(self) -> tuple[str, str, str]:
+        """(name==version, file inside it, sha256 of the file)."""
+        assert self.package is not None
+        assert self.package_file is not None
+        assert self.package_sha256 is not None
+        return self.package, self.package_file, self.package_sha256

@@ -5,4 +5,4 @@ from dataclasses import dataclass
 
 @dataclass
 class Prompt:
-    template: str | None  # Jinja file beside this choice, used for a base model without a chat template
+    template: str  # path of a Jinja file, used for a base model without a chat template
