@@ -6,8 +6,14 @@ from pathlib import Path
 
 
 def root() -> Path:
-    """The user's repository: DVC names it in DVC_ROOT, also while an experiment runs in a temporary copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    """The user's repository: DVC names it in DVC_ROOT, also while an experiment runs in a temporary copy of it.
+
+    Outside of DVC it is the nearest folder upwards that DVC knows, or the working folder.
+    """
+    if named := os.environ.get("DVC_ROOT"):
+        return Path(named).resolve()
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
 def fault() -> str | None:
