@@ -117,7 +117,8 @@ def run(folder: Path, *command: str, timeout: float = 280, **environment: str) -
     """Run a command of the project's environment in a repository; text of both streams is kept."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
-    variables |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"} | environment
+    variables |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
+    variables |= {"HF_HOME": str(folder.parent / "hub-cache")} | environment
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=variables, check=False
     )
