@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from commands.deps import code_of
 from commands.differences import differences
@@ -56,8 +58,14 @@ def test_committed_params_are_the_composed_defaults() -> None:
 @pytest.mark.parametrize(
     "choice", [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 )
-def test_every_choice_composes(choice: str) -> None:
-    assert composed([choice])["checked"]
+def test_every_choice_composes_or_says_that_it_must_be_pinned_first(choice: str) -> None:
+    group, name = choice.split("=")
+    values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+    if values.get("source") == "hub" and values["revision"] is None:
+        with pytest.raises((HydraException, OmegaConfBaseException), match="make pin"):
+            composed([choice])
+    else:
+        assert composed([choice])["checked"]
 
 
 @pytest.mark.parametrize("experiment", [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))])
@@ -82,9 +90,6 @@ def test_no_tracked_configuration_reads_the_environment() -> None:
     ],
 )
 def test_a_config_fault_stops_at_composition_and_names_the_key(override: str, message: str) -> None:
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
         composed([override])
     chain = [str(caught.value), str(caught.value.__cause__), str(caught.value.__context__)]
