@@ -103,7 +103,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> E
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, model_folder: Path) -> list[int]:
-    """Token ids that end an answer: end-of-turn of the template, end-of-text of tokenizer and generation_config.json."""
+    """Token ids that end an answer: the template's end of turn, and what tokenizer and generation_config.json name."""
     probe = encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     found = {[label for label in probe.labels if label != IGNORED][-1]}
     if tokenizer.eos_token_id is not None:
