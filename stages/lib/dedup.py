@@ -70,7 +70,7 @@ def near_duplicates(rows: Sequence[Row], settings: Dedup) -> Deduplicated:
     Rows are taken in the order of their ids, so the result does not depend on the order of the input. A row is dropped
     only for a kept row it was itself compared with; clusters follow chains of such pairs.
     """
-    ordered = sorted(rows, key=lambda row: (row["id"], row["source"], row["meta"]))
+    ordered = sorted(rows, key=lambda row: (row["id"], row["group"], row["source"], row["meta"]))
     distinct, repeats = _without_exact(ordered)
     compared = shingles(distinct, settings)
     ids = [row["id"] for row in distinct]

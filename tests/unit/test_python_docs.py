@@ -95,6 +95,15 @@ def test_a_row_longer_than_configured_is_rejected_with_its_length(toy: Path) -> 
     assert any("data.max_chars is 100" in row.reason for row in rejected)
 
 
+def test_a_source_that_is_no_python_is_rejected_and_the_rest_is_read(toy: Path) -> None:
+    (toy / "toy" / "tests" / "test_it.py").rename(toy / "toy" / "broken.py")
+    (toy / "toy" / "broken.py").write_bytes(b"x = '\xa4'")
+    (toy / "toy-1.0.dist-info" / "RECORD").write_text("toy/broken.py,,\ntoy/__init__.py,,\n")
+    rows, rejected = rows_of()
+    assert ("toy/broken.py:1", "unreadable_file") in [(row.where, row.code) for row in rejected]
+    assert len(rows) == 3
+
+
 def test_a_package_that_is_not_installed_is_an_error_that_names_the_key() -> None:
     with pytest.raises(DataError, match=r"data\.packages: 'nowhere' is not installed"):
         list(python_docs.rows(["nowhere"], 1000))

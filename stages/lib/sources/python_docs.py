@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import textwrap
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -56,12 +57,15 @@ def rows(packages: Sequence[str], max_chars: int) -> Iterator[dict[str, Any] | R
     """
     for package in packages:
         for function in functions(package):
+            if isinstance(function, Rejection):
+                yield function
+                continue
             if parameters_section(function.docstring):
                 yield _checked(function, "parameters", parameters_row, max_chars)
             yield _checked(function, "summary", summary_row, max_chars)
 
 
-def functions(package: str) -> Iterator[Function]:
+def functions(package: str) -> Iterator[Function | Rejection]:
     """Documented functions and methods of an installed package, file by file and line by line.
 
     Files are visited one by one: loading whole packages resolves every alias between them and takes ten times as long.
@@ -80,11 +84,14 @@ def functions(package: str) -> Iterator[Function]:
     )
     for source in sources:
         path = Path(str(distribution.locate_file(source)))
-        code = path.read_text(encoding="utf-8")
-        if '"""' not in code:
-            continue
         module = ".".join(Path(source).with_suffix("").parts).removesuffix(".__init__")
-        visited = griffe.visit(module, filepath=path, code=code, docstring_parser="numpy")
+        try:
+            with tokenize.open(path) as file:  # in the encoding that the file itself declares
+                code = file.read()
+            visited = griffe.visit(module, filepath=path, code=code, docstring_parser="numpy")
+        except (SyntaxError, UnicodeDecodeError) as fault:
+            yield rejection(f"{source}:1", Unfit("unreadable_file", f"no Python source ({fault})"), module)
+            continue
         yield from _functions_of(visited, package, source, code.splitlines())
 
 
