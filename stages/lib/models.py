@@ -46,7 +46,7 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
             # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
             # form that has no backward: the gradients of every later step are wrong, without a word. Not here.
             layer.support_avx512bf16_for_cpu = False
-    return _densify(model, compute) if dense and model.is_quantized else model
+    return _densify(model, compute) if dense and getattr(model, "is_quantized", False) else model
 
 
 def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -> PeftModel:

@@ -1,19 +1,53 @@
 """conf/export: the formats that leave the pipeline."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from stages.lib.errors import check_values
 
 
+class Format(StrEnum):
+    gguf_f16 = "gguf_f16"
+    gguf_bf16 = "gguf_bf16"
+    gguf_q8_0 = "gguf_q8_0"
+    gguf_q6_k = "gguf_q6_k"
+    gguf_q5_k_m = "gguf_q5_k_m"
+    gguf_q4_k_m = "gguf_q4_k_m"
+    bnb_nf4 = "bnb_nf4"
+
+
 @dataclass
 class Export:
-    formats: list[str]
+    formats: list[Format]
     max_kl: dict[str, float]  # nats per token against the merged model, by format; a format not named is reported only
-    rows: int  # held-out rows measured
-    gguf_pre_tokenizer: str | None  # llama.cpp's name of the pre-tokenizer, where its converter does not know the tokenizer
+    min_stopped: float  # share of answers that a GGUF must end by itself in llama.cpp
+    rows: int  # held-out conversations measured
+    answers: dict[str, int]  # test prompts answered in llama.cpp by format; a format not named answers `probes`
+    probes: int  # answered prompts whose token probabilities are compared with the merged model's
+    gguf_pre_tokenizer: str | None  # llama.cpp's name of it, where its converter does not know the tokenizer
 
     def __post_init__(self) -> None:
+        known = {str(choice) for choice in Format}
         check_values(
-            ("export.formats", self.formats, bool(self.formats), "at least one format"),
+            (
+                "export.formats",
+                self.formats,
+                bool(self.formats) and len(set(self.formats)) == len(self.formats),
+                f"one or more of {', '.join(sorted(known))}, none twice",
+            ),
+            (
+                "export.max_kl",
+                self.max_kl,
+                set(self.max_kl) <= known and all(limit > 0 for limit in self.max_kl.values()),
+                "formats with limits above 0 nats",
+            ),
+            (
+                "export.answers",
+                self.answers,
+                set(self.answers) <= known and all(count > 0 for count in self.answers.values()),
+                "formats with positive numbers of prompts",
+            ),
+            ("export.min_stopped", self.min_stopped, 0 <= self.min_stopped <= 1, "between 0 and 1"),
             ("export.rows", self.rows, self.rows > 0, "a positive number of rows"),
+            ("export.probes", self.probes, self.probes > 0, "a positive number of prompts"),
         )

@@ -11,11 +11,18 @@ class Base(StrEnum):
     original = "original"  # models/base as it is
 
 
+class Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class Merge:
     base: Base
-    max_kl: float  # nats per token against 4-bit base + adapter, mean over held-out rows
-    rows: int  # held-out rows measured
+    dtype: Dtype  # of the saved weights; the sum itself is taken in float32
+    max_kl: float  # nats per token against 4-bit base + adapter, mean over held-out text
+    rows: int  # held-out conversations measured
 
     def __post_init__(self) -> None:
         check_values(
