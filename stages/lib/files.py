@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or folder to; put it in place only when the block ends well.
 
-        with replacing(Path("data/splits")) as new:   # new = data/splits.partial, an absent path
-            new.mkdir(); ...                          # an exception removes it, data/splits stays as it was
+    with replacing(Path("data/splits")) as new:   # new = data/splits.partial, an absent path
+        new.mkdir(); ...                          # an exception removes it, data/splits stays as it was
     """
     new = path.with_name(path.name + ".partial")
     _remove(new)
@@ -76,6 +76,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header, as text."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

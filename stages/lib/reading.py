@@ -111,7 +111,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return length
 
 
-class _ReservedLayer(DynamicLayer):
+class _ReservedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
     """Keys and values of one layer in memory reserved once; the library's own layer copies all of it at every token."""
 
     def __init__(self, room: int) -> None:
@@ -144,14 +144,15 @@ def _read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[torch
     """Keys and values of each layer for one row of token ids."""
     cache = _reserved(model, [], 1, len(ids))
     model(
-        input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=torch.tensor([list(ids)], device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
     )
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _reserved(
-    model: PreTrainedModel, prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int, room: int
-) -> Cache:
+def _reserved(model: PreTrainedModel, prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int, room: int) -> Cache:
     """A cache with room for so many columns, whose rows all begin with the prefix."""
     layers = [_ReservedLayer(room) for _ in range(model.config.get_text_config().num_hidden_layers)]
     for layer, (keys, values) in zip(layers, prefix, strict=False):

@@ -13,7 +13,7 @@ from stages.lib import reading
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood of one answer in nats, summed over its n_tokens tokens, the end-of-turn token included."""
+    """Negative log-likelihood of one answer in nats, summed over its n_tokens tokens, end-of-turn included."""
 
     nll: float
     n_tokens: int

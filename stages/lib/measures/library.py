@@ -9,7 +9,7 @@ import evaluate
 from stages.lib.measures import SCORES
 
 
-class RowMetric(evaluate.Metric):
+class RowMetric(evaluate.Metric):  # type: ignore[misc]  # the library is not typed
     """A measure of this package: its mean under its name, and the score of every row under <name>_rows."""
 
     def __init__(self, name: str) -> None:
