@@ -136,6 +136,7 @@ def test_a_type_is_what_stands_after_the_colon_without_its_default(text: str, fo
         ("{'a', 'b',", "broken_type"),
         ("`Generator`, optional", "garbled_type"),
         ("int or", "garbled_type"),
+        ("???", "garbled_type"),
         ("a thing " * 20, "garbled_type"),
     ],
 )

@@ -4,6 +4,7 @@ Two tasks. `parameters`: a function's Parameters section -> {name: type} as JSON
 body -> the one-line summary of its docstring. Both answers are what the function's author wrote.
 """
 
+import gc
 import json
 import logging
 import re
@@ -55,14 +56,18 @@ def rows(packages: Sequence[str], max_chars: int) -> Iterator[dict[str, Any] | R
     Args: packages: names as in the lock file. max_chars: longest prompt and answer together, characters.
     Raises: DataError, when a package is not installed.
     """
-    for package in packages:
-        for function in functions(package):
-            if isinstance(function, Rejection):
-                yield function
-                continue
-            if parameters_section(function.docstring):
-                yield _checked(function, "parameters", parameters_row, max_chars)
-            yield _checked(function, "summary", summary_row, max_chars)
+    gc.freeze()  # else every collection walks all imported libraries again: 13 s instead of 8 for the default packages
+    try:
+        for package in packages:
+            for function in functions(package):
+                if isinstance(function, Rejection):
+                    yield function
+                    continue
+                if parameters_section(function.docstring):
+                    yield _checked(function, "parameters", parameters_row, max_chars)
+                yield _checked(function, "summary", summary_row, max_chars)
+    finally:
+        gc.unfreeze()
 
 
 def functions(package: str) -> Iterator[Function | Rejection]:
@@ -196,7 +201,13 @@ def type_of(text: str) -> str:
         raise Unfit("no_type", f"no type in {text!r}")
     if any(found.count(opening) != found.count(closing) for opening, closing in ("{}", "[]", "()")):
         raise Unfit("broken_type", f"the type {text!r} goes on in the next line")
-    if "`" in found or found.endswith((" or", " of", ":")) or "  " in found or len(found) > 80:
+    if (
+        "`" in found
+        or not re.search(r"[^\W\d_]", found)
+        or found.endswith((" or", " of", ":"))
+        or "  " in found
+        or len(found) > 80
+    ):
         raise Unfit("garbled_type", f"{text!r} is markup, a sentence or unfinished")
     return found
 
