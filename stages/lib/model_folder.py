@@ -43,11 +43,13 @@ def from_gguf(gguf: Path, folder: Path) -> str:
     Returns: the name of the quantization the weights came through, such as "Q4_1".
     Raises: ModelError, for a tokenizer whose pre-tokenizer has no rule here, or whose end of turn is not the model's.
     """
+    reader = GGUFReader(gguf)
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    config = AutoConfig.from_pretrained(**place)  # handed on: every look at a GGUF header takes seconds
+    tokenizer = AutoTokenizer.from_pretrained(**place, config=config)
     # Left packed, the weights are "not serializable": dequantize=True makes them ordinary tensors.
     model = AutoModelForCausalLM.from_pretrained(
-        **place, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        **place, config=config, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     if tokenizer.eos_token_id != model.config.eos_token_id:
         raise ModelError(
@@ -61,7 +63,7 @@ def from_gguf(gguf: Path, folder: Path) -> str:
         pad_token_id=model.config.pad_token_id,
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(gguf)
+    tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(gguf, reader)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # How the tokenizer happened to be loaded is nothing that a reader of the folder needs.
@@ -69,12 +71,11 @@ def from_gguf(gguf: Path, folder: Path) -> str:
     _drop_keys(folder / "config.json", "_name_or_path", "_model_name_or_path")
     for file in folder.iterdir():
         file.chmod(0o644)
-    return _quantization(gguf)
+    return _quantization(reader)
 
 
-def _pre_tokenizer(gguf: Path) -> Any:
-    field = GGUFReader(gguf).fields["tokenizer.ggml.pre"]
-    if (name := field.contents()) not in PRE_TOKENIZERS:
+def _pre_tokenizer(gguf: Path, reader: GGUFReader) -> Any:
+    if (name := reader.fields["tokenizer.ggml.pre"].contents()) not in PRE_TOKENIZERS:
         raise ModelError(
             f"{gguf.name}: its pre-tokenizer is {name!r}, known here are {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Choose the model from the hub instead (base_model.source=hub), whose tokenizer needs no conversion."
@@ -82,10 +83,10 @@ def _pre_tokenizer(gguf: Path) -> Any:
     return PRE_TOKENIZERS[name]()
 
 
-def _quantization(gguf: Path) -> str:
+def _quantization(reader: GGUFReader) -> str:
     """The type that holds most weights of the file."""
     weights: Counter[str] = Counter()
-    for tensor in GGUFReader(gguf).tensors:
+    for tensor in reader.tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
     return weights.most_common(1)[0][0]
 
@@ -107,8 +108,8 @@ def settle_chat_template(folder: Path, template: str) -> str:
     path = Path(template)
     if not path.is_file():
         raise ConfigError(
-            f"prompt.template: found {template!r}, which is no file. The base model has no chat template of its own (no "
-            "chat_template.jinja, none in tokenizer_config.json), expected the path of a Jinja file to use instead."
+            f"prompt.template: found {template!r}, which is no file. The base model has no chat template of its own "
+            "(no chat_template.jinja, none in tokenizer_config.json), expected the path of a Jinja file to use instead."
         )
     text = path.read_text(encoding="utf-8").rstrip("\n")
     try:
