@@ -1,15 +1,17 @@
 """Whole conversations into training sequences of bounded length, each token accounted for. Needs no torch."""
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
-from stages.lib import chat
+from stages.lib import chat, files
 from stages.lib.chat import IGNORED, Encoded
 from stages.lib.errors import DataError
 from stages.lib.schema import pack as schema
@@ -76,8 +78,8 @@ def encode_rows(
     if not found.kept:
         reasons = dict(Counter(row["reason"] for row in found.dropped))
         raise DataError(
-            f"data/splits/{split}.parquet: none of {len(rows)} rows can be trained on (dropped: {reasons}), expected at "
-            "least one. Raise pack.max_tokens, or give more rows (data.*, split.*)."
+            f"data/splits/{split}.parquet: none of {len(rows)} rows can be trained on (dropped: {reasons}), "
+            "expected at least one. Raise pack.max_tokens, or give more rows (data.*, split.*)."
         )
     return found
 
@@ -126,10 +128,43 @@ def pack(rows: dict[str, Encoded], *, max_tokens: int) -> list[Pack]:
     return packs
 
 
+@dataclass(frozen=True)
+class Document:
+    """One conversation of a pack, up to its first answer: what the model is asked, and what it should say."""
+
+    row_id: str
+    prompt: list[int]
+    answer: list[int]
+
+
+def documents(pack: Pack) -> list[Document]:
+    """Take a pack apart again."""
+    found, start = [], 0
+    for row_id, length in zip(pack.row_ids, document_lengths(pack.position_ids), strict=True):
+        ids, labels = pack.input_ids[start : start + length], pack.labels[start : start + length]
+        first = next(i for i, label in enumerate(labels) if label != IGNORED)
+        last = next((i for i in range(first, length) if labels[i] == IGNORED), length)
+        found.append(Document(row_id, ids[:first], ids[first:last]))
+        start += length
+    return found
+
+
+def read(folder: Path) -> list[Pack]:
+    """The packs of one split.
+
+    Raises: DataError, when the folder holds none.
+    """
+    path = folder / "packs.parquet"
+    rows = files.read_rows(path) if path.is_file() else []
+    if not rows:
+        raise DataError(f"{path}: found no packs, expected at least one. Run the stage tokenize_pack.")
+    return [Pack(**row) for row in rows]
+
+
 def document_lengths(position_ids: Sequence[int]) -> list[int]:
     """Lengths of the conversations in a sequence: [0 1 2 0 1] -> [3 2]."""
     starts = [i for i, position in enumerate(position_ids) if position == 0] + [len(position_ids)]
-    return [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(starts)]
 
 
 def trained_tokens(labels: Sequence[int]) -> int:
@@ -146,7 +181,7 @@ def length_histogram(lengths: dict[str, list[int]], *, max_tokens: int, bins: in
     longest = max((length for split in lengths.values() for length in split), default=0)
     edges.append(max(longest, max_tokens + 1))
     lines = []
-    for low, high in zip([0, *edges], edges, strict=False):
+    for low, high in itertools.pairwise([0, *edges]):
         counts = {split: sum(low < length <= high for length in found) for split, found in sorted(lengths.items())}
         lines.append({"tokens": high, **counts})
     return lines

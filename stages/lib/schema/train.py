@@ -24,8 +24,9 @@ class Train:
     max_grad_norm: float
     gradient_checkpointing: bool
     evals_per_epoch: int
-    early_stopping_patience: int  # evaluations without a better validation loss
+    early_stopping_patience: int  # evaluations in a row without a better validation loss; 0: never stop early
     samples: int  # validation prompts answered at each evaluation, for the eye
+    sample_tokens: int  # longest answer among those
 
     def __post_init__(self) -> None:
         check_values(
@@ -39,5 +40,15 @@ class Train:
                 "a positive number of batches",
             ),
             ("train.warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "at least 0, below 1"),
+            ("train.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
+            ("train.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
             ("train.evals_per_epoch", self.evals_per_epoch, self.evals_per_epoch > 0, "at least 1"),
+            (
+                "train.early_stopping_patience",
+                self.early_stopping_patience,
+                self.early_stopping_patience >= 0,
+                "at least 1, or 0 to train to the end",
+            ),
+            ("train.samples", self.samples, self.samples >= 0, "at least 0"),
+            ("train.sample_tokens", self.sample_tokens, self.sample_tokens > 0, "at least 1"),
         )

@@ -1,0 +1,54 @@
+"""Stage qlora_train: train a LoRA adapter on the frozen 4-bit base.
+
+Reads data/packed and models/base; writes models/adapter (the best checkpoint as PEFT reads it, trained.json,
+samples.jsonl), plots/train.csv and metrics/qlora_train.json.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.lib import chat, files, numerics, packing, stage, tracking
+from stages.lib.schema.lora import Lora
+from stages.lib.schema.numerics import Numerics
+from stages.lib.schema.train import Train
+
+
+@dataclass
+class Params:
+    seed: int
+    lora: Lora
+    train: Train
+    numerics: Numerics
+
+
+def main(p: Params) -> None:
+    from stages.lib import models, qlora, training  # torch, once numerics are settled
+
+    base = Path("models/base")
+    packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
+    resolved = numerics.resolve(p.numerics)
+    print(resolved.reason)
+    tokenizer = chat.load_tokenizer(base)
+    model = models.load_base(base, p.numerics)
+    numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
+    model = qlora.add_adapter(model, p.lora)
+    trained = training.train(
+        model,
+        packs,
+        validation,
+        p.train,
+        tokenizer=tokenizer,
+        stop_ids=chat.stop_ids(tokenizer, base),
+        resolved=resolved,
+        seed=p.seed,
+    )
+    with files.replacing(Path("models/adapter")) as folder:
+        qlora.save(model, folder)
+        files.write_json(folder / "trained.json", qlora.describe(model, p.lora, resolved))
+        files.write_jsonl(folder / "samples.jsonl", trained.samples)
+    files.write_csv(Path("plots/train.csv"), trained.curve)
+    tracking.report("qlora_train", trained.metrics, trained.measured)
+
+
+if __name__ == "__main__":
+    stage.run("qlora_train", main, Params)
