@@ -10,8 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from stages.lib import environment, inputs
 from stages.lib.schema.base_model import BaseModel
-from stages.lib.schema.data import Data
+from stages.lib.schema.data import Data, Source
 from stages.lib.schema.dedup import Dedup
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
@@ -49,10 +50,14 @@ class Config:
 def check(*, _root_: DictConfig) -> str:
     """Build every section's dataclass, which checks its own ranges; DVC resolves this while it composes.
 
+    The user's file is looked for as well: DVC itself would only say "No such file", after the outputs are gone.
+
     Raises: errors.ConfigError, naming the keys.
     """
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
-    OmegaConf.to_object(sections)
+    built: Any = OmegaConf.to_object(sections)
+    if built["data"].source is Source.local:
+        inputs.check_visible(built["data"].path, environment.root())
     return "while composed"
 
 

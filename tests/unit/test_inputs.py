@@ -1,0 +1,43 @@
+"""The user's file is refused while DVC composes, when an experiment would not find it."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stages.lib import inputs
+from stages.lib.errors import ConfigError
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "my.jsonl").write_text("{}")
+    return tmp_path
+
+
+def test_a_missing_file_is_refused(repository: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path: found 'absent\.jsonl', which does not exist\. Expected"):
+        inputs.check_visible("absent.jsonl", repository)
+
+
+def test_a_missing_file_that_dvc_knows_can_be_pulled(repository: Path) -> None:
+    (repository / "absent.jsonl.dvc").write_text("outs: []")
+    with pytest.raises(ConfigError, match="dvc pull"):
+        inputs.check_visible("absent.jsonl", repository)
+
+
+def test_an_untracked_file_is_refused_with_what_to_type(repository: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`dvc add my\.jsonl && git add my\.jsonl\.dvc`, or .*whole path: /"):
+        inputs.check_visible("my.jsonl", repository)
+
+
+@pytest.mark.parametrize("added", ["my.jsonl", "my.jsonl.dvc"])
+def test_a_file_that_git_has_or_dvc_has_is_found_everywhere(repository: Path, added: str) -> None:
+    (repository / "my.jsonl.dvc").write_text("outs: []")
+    subprocess.run(["git", "add", added], cwd=repository, check=True)
+    inputs.check_visible("my.jsonl", repository)
+
+
+def test_a_whole_path_is_found_everywhere(repository: Path) -> None:
+    inputs.check_visible(str(repository / "my.jsonl"), repository)
