@@ -17,6 +17,14 @@ import yaml
 
 from stages.lib import tracking
 
+CURVES = {
+    "loss": "train/loss",
+    "val_loss": "val/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+}
+"""Columns of plots/train.csv and the metrics they are in MLflow."""
+
 Reader = Callable[[str], str | None]
 """Text of a file of one experiment, by its path in the repository; None where it does not exist."""
 
@@ -119,14 +127,14 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
 
 
 def curve(table: str) -> list[Any]:
-    """The points of plots/train.csv whose column the runs table shows."""
+    """The points of plots/train.csv, as training logs them."""
     from mlflow.entities import Metric
 
     return [
-        Metric(key, float(value), 0, int(row["step"]))
+        Metric(CURVES[column], float(value), 0, int(row["step"]))
         for row in csv.DictReader(io.StringIO(table))
-        for key, value in row.items()
-        if value and key in tracking.COMPARED
+        for column, value in row.items()
+        if value and column in CURVES
     ]
 
 

@@ -34,7 +34,6 @@ LINKED = pa.schema([(name, pa.string()) for name in ("id", "group", "split", "al
 
 @dataclass
 class Params:
-    seed: int
     dedup: Dedup
     split: Split
 
@@ -42,9 +41,9 @@ class Params:
 def main(p: Params) -> None:
     rows = files.read_rows(Path("data/prepared"))
     distinct = dedup.near_duplicates(rows, p.dedup)
-    placed = splits.by_component(distinct.kept, distinct.clusters, p.split, p.seed)
+    placed = splits.by_component(distinct.kept, distinct.clusters, p.split, p.split.seed)
     parts, leaks = splits.without_leaks(placed.parts, distinct.shingles, p.dedup.threshold)
-    parts, beyond = splits.limit(parts, p.split.max_rows, p.seed)
+    parts, beyond = splits.limit(parts, p.split.max_rows, p.split.seed)
     dropped = [
         *distinct.dropped,
         *(Dropped.of(leak.row, distinct.clusters, "joined", leak.kept_id, leak.score) for leak in leaks),

@@ -20,7 +20,6 @@ from stages.lib.schema.numerics import Numerics
 class Params:
     """The parameters this stage declares in dvc.yaml."""
 
-    seed: int
     evaluate: Evaluate
     numerics: Numerics
 
@@ -36,7 +35,7 @@ def main(p: Params) -> None:
             "Raise split.test_fraction or split.max_rows.test, or give more data."
         )
     predictions, limits = predict(p, test, train)
-    lines = comparison.compare(predictions, p.evaluate, seed=p.seed)
+    lines = comparison.compare(predictions, p.evaluate, seed=p.evaluate.seed)
     page = evaluation_page.render(
         lines,
         predictions,
@@ -66,7 +65,7 @@ def predict(
     base, adapter = Path("models/base"), Path("models/adapter")
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
-    numerics.seed_everything(p.seed, p.numerics)
+    numerics.seed_everything(p.evaluate.seed, p.numerics)
     tokenizer = chat.load_tokenizer(base)
     stop_ids = chat.stop_ids(tokenizer, base)
     # Unpacking 4-bit weights at every token costs a CPU more than keeping them unpacked.
@@ -74,7 +73,7 @@ def predict(
     predictions, limits, speeds = [], {}, {}
     for task in sorted({row["task"] for row in test}):
         rows = [row for row in test if row["task"] == task]
-        examples = fewshot.choose(train, task, n=p.evaluate.fewshot, seed=p.seed)
+        examples = fewshot.choose(train, task, n=p.evaluate.fewshot, seed=p.evaluate.seed)
         names = applicable([row["messages"][-1]["content"] for row in rows])
         for arm in arms.ARMS:
             asked = arms.questions(tokenizer, rows, examples if arm == "fewshot" else ())

@@ -78,7 +78,7 @@ def by_component(rows: Sequence[Row], clusters: Mapping[str, str], settings: Spl
     if empty := [split for split, part in parts.items() if not part]:
         raise DataError(
             f"{' and '.join(empty)}: no row; {len(rows)} rows form {len(members)} groups that must stay whole. "
-            "Add rows, raise split.validation_fraction or split.test_fraction, or change seed."
+            "Add rows, raise split.validation_fraction or split.test_fraction, or change split.seed."
         )
     largest = max(sum(sizes[group] for group in groups) for groups in members.values())
     return Placed(parts, linked, len(members), largest)

@@ -39,8 +39,8 @@ def corpus(size: int = 2000, *, every: int = 4) -> list[dict[str, Any]]:
 
 def run(rows: list[dict[str, Any]], max_rows: dict[str, dict[str, int]] | None = None) -> dict[str, float]:
     files.write_rows(Path("data/prepared/rows-00000.parquet"), rows, records.RECORD)
-    split = Split(validation_fraction=0.1, test_fraction=0.2, max_rows=max_rows or {})
-    dedup_split.main(dedup_split.Params(seed=42, dedup=DEDUP, split=split))
+    split = Split(seed=42, validation_fraction=0.1, test_fraction=0.2, max_rows=max_rows or {})
+    dedup_split.main(dedup_split.Params(dedup=DEDUP, split=split))
     return files.read_json(Path("metrics/dedup_split.json"))
 
 

@@ -8,7 +8,7 @@ from stages.lib import records, splits
 from stages.lib.errors import DataError
 from stages.lib.schema.split import Split
 
-SETTINGS = Split(validation_fraction=0.1, test_fraction=0.2, max_rows={})
+SETTINGS = Split(seed=42, validation_fraction=0.1, test_fraction=0.2, max_rows={})
 
 
 def rows_of(groups: int, per_group: int = 3, first: int = 0) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from stages.lib.errors import check_values
 
 @dataclass
 class Evaluate:
+    seed: int  # of the examples chosen and of the bootstrap; not the training's
     fewshot: int  # examples from train in front of the few-shot prompts
     batch_size: int
     max_new_tokens: int

@@ -9,6 +9,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class Split:
+    seed: int  # of the hash that places groups; not the training's, so that a sweep over seeds keeps its test rows
     validation_fraction: float
     test_fraction: float
     max_rows: dict[str, dict[str, int]]  # split -> task -> rows kept at most; a task that is not named is not limited
