@@ -88,7 +88,11 @@ def test_the_token_is_sent_from_the_environment_and_is_in_no_message(
     assert "secretsecret" not in str(refused.value)
 
 
-def test_without_the_variable_no_token_is_sent(stub: Hub, tmp_path: Path) -> None:
+def test_without_the_variable_no_token_is_sent_not_even_one_stored_on_this_machine(
+    stub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     stub.files["models/maker/model"] = {"config.json": b"{}", "model.safetensors": b"x"}
     fetch(tmp_path / "new")
     assert stub.tokens == {""}
