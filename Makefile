@@ -44,8 +44,8 @@ params: env  ## write the composed defaults of conf/ to params.yaml
 deps: env  ## write into dvc.yaml which modules each stage imports
 	python -m commands.deps
 
-pin: env  ## resolve base_model.revision: null to a commit, once
-	python -m commands.pin
+pin: env  ## resolve base_model.revision: null to a commit, once: make pin MODEL=qwen3_0_6b
+	python -m commands.pin $(MODEL)
 
 export: env  ## merge and export the chosen experiment: make export EXP=<name>
 	dvc exp apply $(EXP)
