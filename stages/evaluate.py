@@ -60,7 +60,7 @@ def predict(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of comparison.PREDICTIONS, sorted, and the answer limit of each task in tokens."""
     from stages.lib import arms, chat, fewshot, models, numerics
-    from stages.lib.measures import applicable, library
+    from stages.lib.measures import SCORES, applicable, library
 
     base, adapter = Path("models/base"), Path("models/adapter")
     resolved = numerics.resolve(p.numerics)
@@ -106,7 +106,7 @@ def predict(
                     "nll": given.likelihood.nll,
                     "new_tokens": given.new_tokens,
                     "stops": float(given.stopped),
-                    **{name: scores[name][place] for name in names},
+                    **{name: scores[name][place] if name in scores else None for name in SCORES},
                 }
                 for place, (question, given) in enumerate(zip(asked, answered, strict=True))
             ]

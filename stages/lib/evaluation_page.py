@@ -184,20 +184,19 @@ def interval_strip(line: Line, baseline: str) -> dict[str, float]:
 
 
 def training_curve(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Training and validation loss over optimizer steps, as SVG paths in a box 640 wide and 220 high.
+    """Training and validation loss over optimizer steps, as SVG coordinates in a box 640 wide and 220 high.
 
-    Args: rows: plots/train.csv, with the columns step, train/loss, val/loss; an empty cell is no measurement.
+    Args: rows: plots/train.csv, one per step, with the columns step, loss, val_loss. A row repeats the last validation
+        loss until the next is measured: only where it changes stands a point.
     """
-    series = {
-        name: [(float(row["step"]), float(row[name])) for row in rows if row[name]]
-        for name in ("train/loss", "val/loss")
-    }
-    points = [point for curve in series.values() for point in curve]
-    if not points:
-        return {"series": {}, "ticks": [], "last_step": 0}
-    last_step = max(step for step, _ in points)
-    top = max(loss for _, loss in points)
-    scale = _ceiling(top)
+    training = [(float(row["step"]), float(row["loss"])) for row in rows]
+    validation = [
+        (float(row["step"]), float(row["val_loss"]))
+        for before, row in zip([None, *rows], rows, strict=False)
+        if before is None or row["val_loss"] != before["val_loss"]
+    ]
+    last_step = max(step for step, _ in training)
+    scale = _ceiling(max(loss for _, loss in (*training, *validation)))
 
     def place(step: float, loss: float) -> tuple[float, float]:
         return round(44 + 580 * step / max(last_step, 1), 1), round(190 - 176 * loss / scale, 1)
@@ -205,12 +204,12 @@ def training_curve(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     return {
         "series": {
             name: {
-                "line": " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve)),
-                "dots": [place(*point) for point in curve] if name == "val/loss" else [],
-                "last": figure(curve[-1][1]),
+                "line": " ".join(f"{x},{y}" for x, y in (place(*point) for point in points)),
+                "dots": [place(*point) for point in points] if name == "validation" else [],
+                "first": figure(points[0][1]),
+                "last": figure(points[-1][1]),
             }
-            for name, curve in series.items()
-            if curve
+            for name, points in (("training", training), ("validation", validation))
         },
         "ticks": [(f"{scale * part / 4:g}", place(0, scale * part / 4)[1]) for part in range(5)],
         "last_step": int(last_step),
