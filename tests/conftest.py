@@ -101,7 +101,13 @@ def repo(tmp_path: Path) -> Path:
 
 def make_repo(folder: Path) -> Path:
     """Copy what git tracks of the project, with the working tree's contents, and commit it."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     made = ("metrics/", "plots/", "dvc.lock", "docs/", "tests/", "bench/")
     for name in tracked:
         if not name.startswith(made) and (ROOT / name).is_file():
