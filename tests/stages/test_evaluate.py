@@ -1,0 +1,119 @@
+"""evaluate: three arms on the same rows, figures and page from them, the same bytes every time."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stages import evaluate
+from stages.lib import files, records
+from stages.lib.errors import DataError
+from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.numerics import Determinism, Device, Numerics, Quantization
+
+NUMERICS = Numerics(
+    determinism=Determinism.strict,
+    compute_dtype="float32",
+    adapter_dtype="float32",
+    device=Device.cpu,
+    quantization=Quantization.nf4,
+    double_quantization=True,
+)
+SETTINGS = Evaluate(
+    seed=42, fewshot=2, batch_size=3, max_new_tokens=10, answer_margin=2, bootstrap_samples=200, confidence=0.95
+)
+
+
+def row(number: int, task: str) -> dict:
+    answer = json.dumps({"a": f"{number}"}) if task == "fields" else f"the fox {number}"
+    turns = [{"role": "user", "content": f"the {task} of {number}"}, {"role": "assistant", "content": answer}]
+    return records.make(turns, group=str(number), source=f"source {number % 2}", task=task)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter whose B is not zero, so that tuned differs from base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from stages.lib import models
+
+    torch.manual_seed(3)
+    model = get_peft_model(
+        models.load_base(tiny_model_dir, NUMERICS), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(in_tmp: Path, tiny_model_dir: Path, adapter: Path) -> Path:
+    shutil.copytree(tiny_model_dir, in_tmp / "models/base")
+    shutil.copytree(adapter, in_tmp / "models/adapter")
+    files.write_json(Path("models/base/source.json"), {"id": "test/tiny"})
+    counts = {"duplicates/exact": 1, "duplicates/near": 2, "rows/in": 24, "rows/train": 8}
+    files.write_json(Path("metrics/dedup_split.json"), counts)
+    files.write_csv(Path("plots/train.csv"), [{"step": step, "loss": 2 - step, "val_loss": 2} for step in (0, 1)])
+    for split, numbers in (("train", range(4)), ("test", range(10, 15))):
+        rows = [row(number, task) for number in numbers for task in ("fields", "words")]
+        files.write_rows(Path(f"data/splits/{split}.parquet"), rows, records.RECORD)
+    return in_tmp
+
+
+def test_each_row_is_answered_by_three_arms_and_the_base_is_the_untouched_one(workplace: Path) -> None:
+    from stages.lib import arms, chat, models, scoring
+
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    rows = files.read_rows(Path("reports/evaluation/predictions.parquet"))
+    assert [(found["arm"], found["id"]) for found in rows] == sorted((found["arm"], found["id"]) for found in rows)
+    assert len(rows) == 3 * 10
+    prompts = {arm: {found["id"]: found["prompt_sha"] for found in rows if found["arm"] == arm} for arm in arms.ARMS}
+    assert prompts["base"] == prompts["tuned"] != prompts["fewshot"]
+    assert all(found["field_f1"] is None for found in rows if found["task"] == "words")
+    assert all(found["field_f1"] is not None for found in rows if found["task"] == "fields")
+
+    base = Path("models/base")
+    tokenizer = chat.load_tokenizer(base)
+    asked = arms.questions(tokenizer, sorted(files.read_rows(Path("data/splits/test.parquet")), key=lambda r: r["id"]))
+    alone = scoring.answer_likelihoods(
+        models.load_base(base, NUMERICS), [q.prompt for q in asked], [q.answer for q in asked], batch_size=1
+    )
+    nll = {arm: [found["nll"] for found in rows if found["arm"] == arm] for arm in arms.ARMS}
+    assert nll["base"] == pytest.approx([likelihood.nll for likelihood in alone], rel=1e-4)
+    assert nll["tuned"] != pytest.approx(nll["base"], rel=1e-2)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert all(question.answer[-1] == end_of_turn for question in asked)
+
+
+def test_metrics_are_flat_numbers_per_task_measure_and_figure(workplace: Path) -> None:
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    metrics = files.read_json(Path("metrics/evaluate.json"))
+    figures = {"base", "fewshot", "tuned", "delta", "low", "high", "delta_fewshot", "low_fewshot", "high_fewshot"}
+    for task, measures in (("fields", {"json_valid", "field_f1"}), ("words", set())):
+        expected = measures | {"loss", "perplexity", "exact_match", "rouge_l", "chrf", "stops"}
+        found = {tuple(name.split("/")[2:]) for name in metrics if name.startswith(f"test/{task}/")}
+        assert found == {(measure, figure) for measure in expected for figure in figures}
+
+
+def test_two_runs_give_the_same_bytes(workplace: Path) -> None:
+    outputs = [
+        Path("reports/evaluation/predictions.parquet"),
+        Path("reports/evaluation/index.html"),
+        Path("metrics/evaluate.json"),
+    ]
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    first = [files.sha256(path) for path in outputs]
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    assert [files.sha256(path) for path in outputs] == first
+
+
+def test_a_test_split_without_rows_is_one_message_and_nothing_is_written(workplace: Path) -> None:
+    files.write_rows(Path("data/splits/test.parquet"), [], records.RECORD)
+    with pytest.raises(DataError, match=r"holds no rows, expected at least one.*split\.test_fraction"):
+        evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    assert not Path("reports").exists()
