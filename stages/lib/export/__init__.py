@@ -1,0 +1,1 @@
+"""The formats a trained model leaves in, one module a family, and the papers that go with them."""

@@ -1,0 +1,39 @@
+"""The task score of an exported model beside that of the trained one, on the same test rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.lib import bootstrap
+from stages.lib.measures import SCORES, applicable
+
+
+def differences(
+    answers: Mapping[str, str],
+    tuned: Sequence[Mapping[str, Any]],
+    *,
+    samples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, bootstrap.Difference]:
+    """Exported minus trained model, by `task/measure`, with the paired bootstrap interval.
+
+    The measure is field F1 for tasks whose answers are JSON objects, ROUGE-L for others.
+
+    Args: answers: row id -> answer of the exported model. tuned: rows of predictions.parquet, arm `tuned`, of which
+        those with an answer are compared.
+    """
+    found = {}
+    for task in sorted({row["task"] for row in tuned if row["id"] in answers}):
+        rows = sorted((row for row in tuned if row["task"] == task and row["id"] in answers), key=lambda row: row["id"])
+        references = [row["reference"] for row in rows]
+        measure = "field_f1" if "field_f1" in applicable(references) else "rouge_l"
+        score = SCORES[measure]
+        found[f"{task}/{measure}"] = bootstrap.paired(
+            [score(answers[row["id"]], row["reference"]) for row in rows],
+            [score(row["answer"], row["reference"]) for row in rows],
+            [1.0] * len(rows),
+            samples=samples,
+            confidence=confidence,
+            seed=seed,
+        )
+    return found
