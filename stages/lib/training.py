@@ -1,4 +1,4 @@
-"""The training loop: TRL's SFTTrainer on packed sequences, watched so that a broken run stops and the best one is kept."""
+"""The training loop: TRL's SFTTrainer on packed sequences, watched: a broken run stops, the best checkpoint is kept."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from stages.lib.errors import GateError
 from stages.lib.schema.train import Train
 
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far, relatively, the first training loss may lie from the base's on the same tokens: the adapter is still zero."""
+"""How far, relatively, the first training loss may lie from the base's on the same tokens: the adapter adds nothing."""
 WARM_UP_STEPS = 2
 """Optimizer steps left out of the measured speed: allocation and first use of every kernel."""
 
@@ -130,7 +130,7 @@ class PackedTrainer(SFTTrainer):
         self.validation = validation
         self.tokens_seen = self.labels_seen = 0
         self.start_tolerance = START_TOLERANCE[resolved.compute_dtype]
-        # SFTTrainer has cast the adapter to bfloat16 because the base is 4-bit; its dtype is decided in one place, here.
+        # SFTTrainer casts the adapter of a 4-bit base to bfloat16; here it gets numerics.adapter_dtype.
         self.drawn = {name: values.to(getattr(torch, resolved.adapter_dtype)) for name, values in drawn.items()}
         for name, parameter in qlora.trainable(model).items():
             parameter.data = self.drawn[name].clone()
@@ -180,8 +180,8 @@ class PackedTrainer(SFTTrainer):
         base = nll.item() / n_labels
         if not abs(loss - base) <= self.start_tolerance * base:
             raise GateError(
-                f"qlora_train: the first loss is {loss:.4f}, expected {base:.4f}, the base's on the same tokens, within "
-                f"{self.start_tolerance:.1%}: model and adapter are not loaded as they should be. Look at numerics.*."
+                f"qlora_train: the first loss is {loss:.4f}, expected {base:.4f}, the base's on the same tokens, "
+                f"within {self.start_tolerance:.1%}: base or adapter was not loaded as configured in numerics.*."
             )
 
 
@@ -250,11 +250,11 @@ class Watch(TrainerCallback):
             if not math.isfinite(value) or value == 0:
                 raise GateError(
                     f"qlora_train: {name} is {value} at step {state.global_step}, expected a finite number above 0. "
-                    "Lower train.learning_rate or train.max_grad_norm; numerics.compute_dtype=float32 rules out overflow."
+                    "Lower train.learning_rate; numerics.compute_dtype=float32 rules out overflow."
                 )
-        line = {"step": state.global_step, "loss": loss, "learning_rate": logs["learning_rate"], "grad_norm": grad_norm}
-        self.trained.curve.append(line | {"val_loss": self.val_loss})
-        live = {"train/loss": loss, "train/learning_rate": logs["learning_rate"], "train/grad_norm": grad_norm}
+        values = {"loss": loss, "learning_rate": logs["learning_rate"], "grad_norm": grad_norm}
+        self.trained.curve.append({"step": state.global_step, **values, "val_loss": self.val_loss})
+        live = {f"train/{name}": value for name, value in values.items()}
         tracking.log_step(state.global_step, live | {"train/tokens_per_second": self.speed})
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{self.speed:.0f}", refresh=False)
         self.bar.update()
@@ -284,8 +284,8 @@ class Watch(TrainerCallback):
             parameter.data.copy_(self.best[name])
             if torch.equal(parameter, self.trainer.drawn[name].to(parameter.device)):
                 raise GateError(
-                    f"qlora_train: {name} was not moved by {self.best_step} steps, expected every tensor of the adapter "
-                    "to learn. Raise train.learning_rate, or leave its layer out of lora.target_modules."
+                    f"qlora_train: {name} was not moved by {self.best_step} steps, expected every tensor of the "
+                    "adapter to learn. Raise train.learning_rate, or leave its layer out of lora.target_modules."
                 )
         self.trained.metrics = {
             "val/loss/base": self.base_loss,

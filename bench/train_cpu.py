@@ -1,0 +1,257 @@
+"""How fast qlora_train trains on this machine's CPU, against a plain TRL script and against the matrix library's limit.
+
+`python -m bench.train_cpu`, after `make repro` or any run of the stages up to tokenize_pack. Every measurement is a
+process of its own; the last line printed is one JSON object. bench/README.md says what it counts and how to read it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from stages.lib import chat, config, files, numerics, packing
+from stages.lib.schema.lora import Lora
+from stages.lib.schema.numerics import Determinism, Numerics
+from stages.lib.schema.pack import Pack
+from stages.lib.schema.runtime import Runtime
+from stages.lib.schema.train import Train
+from stages.lib.stage import peak_mib
+
+BASE = Path("models/base")
+LEFT_OUT = 2  # first optimizer steps of a process: allocation and first use of every kernel
+
+
+@dataclass
+class Params:
+    seed: int
+    pack: Pack
+    lora: Lora
+    train: Train
+    numerics: Numerics
+    runtime: Runtime
+
+
+def main() -> None:
+    arguments = parsed()
+    p = config.load(Params, arguments.overrides)
+    if arguments.measure:
+        print(json.dumps(MEASUREMENTS[arguments.measure](p, arguments.steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASUREMENTS}
+
+    def measure(name: str) -> dict[str, float]:
+        found[name].append(in_own_process(name, arguments))
+        print(f"{name:<12} {json.dumps(found[name][-1])}", flush=True)
+        return found[name][-1]
+
+    speeds = {name: measure(name)["tokens_per_second"] for name in ("trl_default", "trl_float32")}
+    plain = max(speeds, key=lambda name: speeds[name])
+    for repeat in range(arguments.repeats):
+        measure("limit")
+        measure("stage")
+        if repeat + 1 < arguments.repeats:  # the plain script has run once already
+            measure(plain)
+    measure("limit")
+    print(json.dumps(summary(found, plain)))
+
+
+def summary(found: dict[str, list[dict[str, float]]], plain: str) -> dict[str, Any]:
+    """Medians over the repeats, and the two figures made of them."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(result[key] for result in found[name])
+
+    stage, trl = median("stage", "tokens_per_second"), median(plain, "tokens_per_second")
+    limit, work = median("limit", "gflop_per_second"), median("stage", "gflop_per_token")
+    return {
+        "tokens_per_second": round(stage, 1),
+        "trl_tokens_per_second": round(trl, 1),
+        "trl_variant": plain,
+        "ratio_to_trl": round(stage / trl, 2),
+        "share_of_limit": round(stage * work / limit, 3),
+        "limit_gflop_per_second": round(limit, 1),
+        "gflop_per_token": round(work, 4),
+        "peak_mib": max(result["peak_mib"] for result in found["stage"]),
+        "trl_peak_mib": max(result["peak_mib"] for result in found[plain]),
+        "threads": len(os.sched_getaffinity(0)),
+        "repeats": len(found["stage"]),
+    }
+
+
+def train_as_the_stage(p: Params, steps: int) -> dict[str, float]:
+    """The training loop of qlora_train on its own packs, without evaluations and samples between the steps."""
+    numerics.settle(p.numerics, p.runtime.threads)
+    from stages.lib import models, qlora, training
+
+    packs = packing.read(Path("data/packed/train"))
+    packs = packs[: steps * p.train.batch_size * p.train.gradient_accumulation_steps]
+    numerics.seed_everything(p.seed, p.numerics)
+    model = qlora.add_adapter(models.load_base(BASE, p.numerics), p.lora)
+    tokenizer = chat.load_tokenizer(BASE)
+    trained = training.train(
+        model,
+        packs,
+        packs[:1],
+        replace(p.train, epochs=1.0, evals_per_epoch=1, samples=0),
+        tokenizer=tokenizer,
+        stop_ids=chat.stop_ids(tokenizer, BASE),
+        resolved=numerics.resolve(p.numerics),
+        seed=p.seed,
+    )
+    labelled = trained.metrics["train/tokens/labelled"] / trained.metrics["train/tokens"]
+    return {
+        "tokens_per_second": trained.measured["train/tokens_per_second"],
+        "gflop_per_token": flop_per_token(model, labelled) / 1e9,
+        "peak_mib": peak_mib(),
+    }
+
+
+def flop_per_token(model: Any, labelled: float) -> float:
+    """Operations of the matrix products for one token, forward and backward.
+
+    2 forward and 2 backward per frozen weight, 6 per adapter weight, and the head where a label is.
+    """
+    from stages.lib import qlora
+
+    base = model.get_base_model()
+    layers = dict(base.named_modules())
+    names = [name for name in qlora.linear_layers(base) if ".lora_" not in name]
+    frozen = sum(layers[name].in_features * layers[name].out_features for name in names)
+    adapter = sum(parameter.numel() for parameter in qlora.trainable(model).values())
+    return 4 * frozen + 6 * adapter + 4 * labelled * base.get_output_embeddings().weight.numel()
+
+
+def train_with_plain_trl(p: Params, steps: int, *, is_float32: bool) -> dict[str, float]:
+    """What one writes from TRL's documentation: the same rows, adapter, base and learning rate, its own packing."""
+    numerics.settle(replace(p.numerics, determinism=Determinism.loose), p.runtime.threads)
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [row["messages"] for row in files.read_rows(Path("data/splits/train.parquet"))]
+    seconds: list[float] = []
+    tokens: list[int] = []
+
+    class Counting(SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            tokens[-1] += int(real)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Timing(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            tokens.append(0)
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    with TemporaryDirectory() as scratch:
+        own = {} if not is_float32 else {"bf16": False, "model_init_kwargs": {"dtype": "float32"}}
+        trainer = Counting(
+            str(BASE),
+            args=SFTConfig(
+                output_dir=scratch,
+                packing=True,
+                max_length=p.pack.max_tokens,
+                per_device_train_batch_size=2,
+                gradient_checkpointing=True,
+                learning_rate=p.train.learning_rate,
+                max_steps=steps,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                **own,
+            ),
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32 if is_float32 else torch.bfloat16,
+            ),
+            peft_config=LoraConfig(
+                r=p.lora.r, lora_alpha=p.lora.alpha, lora_dropout=p.lora.dropout, target_modules="all-linear"
+            ),
+            train_dataset=Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows]),
+            callbacks=[Timing()],
+        )
+        trainer.train()
+    return {"tokens_per_second": sum(tokens[LEFT_OUT:]) / sum(seconds[LEFT_OUT:]), "peak_mib": peak_mib()}
+
+
+def matrix_product_limit(p: Params, steps: int) -> dict[str, float]:
+    """What float32 products reach at the base's own shapes, forward and backward, for one batch of full packs."""
+    numerics.settle(replace(p.numerics, determinism=Determinism.loose), p.runtime.threads)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stages.lib import qlora
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE, local_files_only=True))
+    layers = dict(base.named_modules())
+    n = p.pack.max_tokens * p.train.batch_size
+    shapes = [(layers[name].out_features, layers[name].in_features) for name in qlora.linear_layers(base)]
+    flop = seconds = 0.0
+    for out_features, in_features in sorted(set(shapes)):
+        weight, x, g = (torch.randn(s) for s in ((out_features, in_features), (n, in_features), (n, out_features)))
+        count = shapes.count((out_features, in_features))
+        for product in (lambda x=x, weight=weight: x @ weight.t(), lambda g=g, weight=weight: g @ weight):
+            seconds += count * fastest(product)
+            flop += count * 2 * n * out_features * in_features
+    return {"gflop_per_second": flop / seconds / 1e9}
+
+
+def fastest(product: Callable[[], object], *, rounds: int = 5, calls: int = 10) -> float:
+    """Seconds of one call: the median of several rounds, after one to warm up."""
+    found = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        for _ in range(calls):
+            product()
+        found.append((time.perf_counter() - started) / calls)
+    return statistics.median(found[1:])
+
+
+MEASUREMENTS: dict[str, Callable[[Params, int], dict[str, float]]] = {
+    "stage": train_as_the_stage,
+    "trl_default": lambda p, steps: train_with_plain_trl(p, max(steps // 2, LEFT_OUT + 3), is_float32=False),
+    "trl_float32": lambda p, steps: train_with_plain_trl(p, max(steps // 2, LEFT_OUT + 3), is_float32=True),
+    "limit": matrix_product_limit,
+}
+
+
+def in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.train_cpu", "--measure", name, "--steps", str(arguments.steps)]
+    done = subprocess.run([*command, *arguments.overrides], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"bench.train_cpu: {name} ended with status {done.returncode}:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of the stage's loop; the plain script alternates with it"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help="optimizer steps of the stage's loop, half of the script's"
+    )
+    parser.add_argument("--measure", choices=sorted(MEASUREMENTS), help="make one measurement in this process")
+    parser.add_argument("overrides", nargs="*", help="as for a stage: lora.r=8")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
