@@ -20,7 +20,8 @@ class Params:
 
 def main(p: Params) -> None:
     tokenizer = chat.load_tokenizer(Path("models/base"))
-    metrics, lengths = {}, {}
+    metrics: dict[str, float] = {}
+    lengths: dict[str, list[int]] = {}
     with files.replacing(Path("data/packed")) as folder:
         for split in SPLITS:
             rows = files.read_rows(Path(f"data/splits/{split}.parquet"))

@@ -4,6 +4,7 @@ Nothing here runs code of a model folder, reaches the network or reads a pickle.
 """
 
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -135,7 +136,7 @@ def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> P
     return model.eval()
 
 
-def _config(folder: Path) -> dict:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: not found, expected a Hugging Face model folder. Run the stage base_model.")

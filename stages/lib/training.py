@@ -154,7 +154,7 @@ class PackedTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validation loss over all labelled tokens alike; TRL's own is a mean of batch means."""
         metrics = {"eval_loss": self.validation_loss()}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
@@ -218,12 +218,13 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: PackedTrainer, p: Train, prompting: Prompting) -> None:
         self.trainer, self.p, self.prompting = trainer, p, prompting
         self.trained = Trained()
-        self.best_loss, self.best_step, self.best = math.inf, 0, {}
+        self.best_loss, self.best_step = math.inf, 0
+        self.best: dict[str, torch.Tensor] = {}
         self.without_gain = 0
         self.val_loss = math.nan
         self.seconds, self.tokens = 0.0, 0  # of the steps that count for speed
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         n = min(self.p.evals_per_epoch * math.ceil(self.p.epochs), state.max_steps)
         self.planned = {round(state.max_steps * (i + 1) / n) for i in range(n)}
         self.val_loss = self.base_loss = self.trainer.validation_loss(with_adapter=False)
@@ -232,17 +233,17 @@ class Watch(TrainerCallback):
         self._say(f"step 0/{state.max_steps}: validation loss {self.base_loss:.4f} (the base)")
         tracking.log_step(0, {"val/loss": self.base_loss})
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), self.trainer.tokens_seen
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seconds, tokens = time.perf_counter() - self.step_started, self.trainer.tokens_seen - self.step_tokens
         if state.global_step > min(WARM_UP_STEPS, state.max_steps - 1):
             self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
         self.speed = tokens / seconds
         control.should_evaluate = state.global_step in self.planned
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
             return
         loss, grad_norm = logs["loss"], logs["grad_norm"]
@@ -259,7 +260,7 @@ class Watch(TrainerCallback):
         self.bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{self.speed:.0f}", refresh=False)
         self.bar.update()
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
         self.val_loss = self.trained.curve[-1]["val_loss"] = metrics["eval_loss"]
         is_better = math.isfinite(self.val_loss) and self.val_loss < self.best_loss
         if is_better:
@@ -274,19 +275,20 @@ class Watch(TrainerCallback):
         self._sample(state.global_step)
 
     def finish(self) -> None:
-        """Put the best adapter back into the model, check that training moved it, and sum up."""
+        """Check that training moved the whole adapter, put the best one back into the model, and sum up."""
         self.bar.close()
         model, state = self.trainer.model, self.trainer.state
         if not self.best:
             raise GateError("qlora_train: no validation loss was finite. Lower train.learning_rate.")
         parameters = qlora.trainable(model)
         for name, parameter in parameters.items():
-            parameter.data.copy_(self.best[name])
             if torch.equal(parameter, self.trainer.drawn[name].to(parameter.device)):
                 raise GateError(
-                    f"qlora_train: {name} was not moved by {self.best_step} steps, expected every tensor of the "
-                    "adapter to learn. Raise train.learning_rate, or leave its layer out of lora.target_modules."
+                    f"qlora_train: {name} was not moved by {state.global_step} steps, expected every tensor of the "
+                    "adapter to learn. Raise train.learning_rate or train.epochs, or leave the layer out of "
+                    "lora.target_modules."
                 )
+            parameter.data.copy_(self.best[name])
         self.trained.metrics = {
             "val/loss/base": self.base_loss,
             "val/loss/tuned": self.best_loss,
