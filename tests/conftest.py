@@ -15,7 +15,7 @@ os.environ.setdefault("MKL_CBWR", "AVX512,STRICT")  # as a stage sets them, befo
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
-)  # tiny models: threads cost more than they give, most of all on a busy machine
+)  # tiny models: more threads cost more than they give
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
