@@ -4,7 +4,6 @@ The reference is computed once and kept, so that only one model at a time has to
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +52,9 @@ class Fidelity:
 
 def reference(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Reference:
     """Next-token log-probabilities of the reference model on `rows`, two tokens or more each."""
-    shared = len(os.path.commonprefix([list(row) for row in rows])) if len(rows) > 1 else 0
-    skipped = max(1, min(shared, min(len(row) for row in rows) - 1))  # nothing predicts the first token
+    columns = zip(*(row[:-1] for row in rows), strict=False)
+    shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), 1)
+    skipped = max(1, shared)  # nothing predicts the first token
     return Reference(rows, skipped, [log_probs(model, row, skipped) for row in rows])
 
 

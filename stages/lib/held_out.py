@@ -1,6 +1,6 @@
 """The held-out conversations on which a finished model is measured, as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ def conversations(splits: Path, tokenizer: PreTrainedTokenizerFast, count: int) 
     return [chat.encode(tokenizer, row["messages"]).input_ids for row in spread(rows, count)]
 
 
-def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """At most `count` rows, tasks in turn, within a task by id (a hash, hence as good as drawn).
 
     tasks a a a b, count 3  ->  a b a
     """
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: str(row["id"])):
         by_task.setdefault(row["task"], []).append(row)
     turns = sorted(

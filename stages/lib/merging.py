@@ -1,8 +1,8 @@
 """Merge a LoRA adapter into ordinary weights: W + (alpha / r) B A, in float32, never in place on 4-bit weights.
 
-    merge.base     W
-    dequantized    models/base through NF4 and back, the values the adapter was trained on
-    original       models/base as it is
+merge.base     W
+dequantized    models/base through NF4 and back, the values the adapter was trained on
+original       models/base as it is
 """
 
 from dataclasses import replace

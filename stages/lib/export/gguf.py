@@ -20,7 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from stages.lib import numerics
+from stages.lib import gguf_convert, gguf_quantize, numerics
 from stages.lib.errors import ExternalError, ModelError
 from stages.lib.schema.export import Format
 from stages.lib.schema.numerics import Numerics
@@ -47,7 +47,7 @@ def convert(model: Path, file: Path, *, outtype: str, name: str, pre_tokenizer: 
     try:
         run_apart(
             f"converting {model} to GGUF",
-            "stages.lib.gguf_convert",
+            gguf_convert.__name__,
             str(model.resolve()),
             str(file.resolve()),
             outtype,
@@ -71,7 +71,7 @@ def quantize(source: Path, file: Path, form: Format) -> None:
     """
     run_apart(
         f"writing {form}",
-        "stages.lib.gguf_quantize",
+        gguf_quantize.__name__,
         str(source.resolve()),
         str(file.resolve()),
         str(FILE_TYPES[form]),

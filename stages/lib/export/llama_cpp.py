@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from stages.lib import chat
+from stages.lib import chat, llama_server
 from stages.lib.errors import ExternalError, GateError
 from stages.lib.export.gguf import run_apart
 
@@ -60,7 +60,7 @@ def ask(file: Path, prompts: Sequence[Sequence[int]], *, stop_ids: Collection[in
     with tempfile.TemporaryDirectory() as scratch:
         asked, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        run_apart(f"llama.cpp with {file.name}", "stages.lib.llama_server", str(file.resolve()), str(asked), str(reply))
+        run_apart(f"llama.cpp with {file.name}", llama_server.__name__, str(file.resolve()), str(asked), str(reply))
         found = json.loads(reply.read_text(encoding="utf-8"))
     if len(found["answers"]) != len(prompts):
         raise ExternalError(f"{file.name}: llama.cpp gave {len(found['answers'])} answers to {len(prompts)} prompts.")
