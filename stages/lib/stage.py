@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -41,7 +42,7 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
     try:
         p = config.load(params, sys.argv[1:])
         outside = config.load(Outside, sys.argv[1:])
-        logging.basicConfig(level=outside.runtime.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        _quiet(outside.runtime.log_level)
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
@@ -54,9 +55,16 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
         if not (isinstance(fault, OSError) and fault.errno == errno.ENOSPC) and NO_SPACE not in str(fault):
             print(restoration(name), file=sys.stderr)
             raise
-        sys.exit(
-            _message(name, f"{fault}\nThe disk is full, nothing half-written was kept. Free some of it (`make clean` removes old results) and run again.")
-        )
+        advice = "The disk is full; nothing half-written was kept. Free some of it (`make clean`) and run again."
+        sys.exit(_message(name, f"{fault}\n{advice}"))
+
+
+def _quiet(level: str) -> None:
+    """Show our own messages from runtime.log_level on; of the libraries only what a user can act on."""
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stages").setLevel(level.upper())
+    # renamed arguments of transformers 5.23 that TRL 1.16 still passes by their old names: for their developers
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _message(name: str, fault: str) -> int:

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from stages.lib import config, environment, files
 
-log = logging.getLogger("tracking")
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "finetuning"
 COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*.json hold all of them
@@ -87,7 +87,7 @@ def connect(uri: str) -> str:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "GIT_PYTHON_REFRESH": "quiet",
     }
-    for name in ("alembic", "mlflow.store.db.utils"):
+    for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     with _lock():
