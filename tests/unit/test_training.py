@@ -141,11 +141,11 @@ def scripted(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> list[dict[
 def test_the_best_checkpoint_is_kept_and_not_a_number_never_wins(
     tiny_model_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = scripted([5.0, float("nan"), 3.0, 4.0], monkeypatch)
+    seen = scripted([5.0, 3.0, float("nan"), 4.0], monkeypatch)
     trained, adapter = fit(tiny_model_dir, tokenizer, replace(TRAIN, evals_per_epoch=3))
-    assert_equal(adapter, seen[2])
+    assert_equal(adapter, seen[1])
     assert trained.metrics["val/loss/tuned"] == 3.0
-    assert trained.metrics["train/steps/best"] == 4
+    assert trained.metrics["train/steps/best"] == 2
     assert trained.metrics["train/stopped_early"] == 0
 
 
@@ -175,7 +175,7 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(tiny_model_dir: Path, 
 
 def test_an_adapter_that_does_not_start_at_the_base_stops_the_run(tiny_model_dir: Path, tokenizer: Any) -> None:
     torch.manual_seed(0)
-    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), LORA)
+    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
     for name, parameter in qlora.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_()
