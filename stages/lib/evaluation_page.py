@@ -39,6 +39,7 @@ MEANINGS = {
     "chrf": "F-score of character 1- to 6-grams",
     "stops": "the model ends its turn before the limit of new tokens",
 }
+ALIKE = 0.5  # share of words in common from which differences are shown word by word
 PIECES = re.compile(r"\w+|\s+|[^\w\s]")
 
 
@@ -104,20 +105,19 @@ def verdict(lines: Sequence[Line]) -> str:
     parts = []
     for task in sorted({line.task for line in lines}):
         line = main_measure(lines, task)
-        words = {baseline: line.verdict(baseline) for baseline in ("base", "fewshot")}
-        name = NAMES[line.measure]
-        values = {arm: figure(value) for arm, value in line.arms.items()}
-        if words["base"] == words["fewshot"] == "cannot tell":
-            found = "cannot be told from the base model, with or without examples"
-        elif words["base"] == words["fewshot"]:
-            found = f"is {words['base']} than the base model, with and without examples"
+        base, fewshot = line.verdict("base"), line.verdict("fewshot")
+        if base == fewshot:
+            found = f"{_than(base)} the base model, with and without examples"
         else:
-            found = f"{_claim(words['base'])} the base model and {_claim(words['fewshot'])} it with examples"
-        parts.append(f"on {task} {found} ({name} {values['tuned']} against {values['base']} and {values['fewshot']})")
-    return "The tuned model " + "; ".join(parts) + "."
+            found = f"{_than(base)} the base model, and {_than(fewshot)} the base model with examples"
+        values = {arm: figure(value) for arm, value in line.arms.items()}
+        figures = f"{NAMES[line.measure]} {values['tuned']} against {values['base']} and {values['fewshot']}"
+        parts.append(f"on {task}, {'it' if parts else 'the tuned model'} {found} ({figures})")
+    sentence = "; ".join(parts) + "."
+    return sentence[0].upper() + sentence[1:]
 
 
-def _claim(word: str) -> str:
+def _than(word: str) -> str:
     return "cannot be told from" if word == "cannot tell" else f"is {word} than"
 
 
@@ -147,10 +147,14 @@ def differences(answer: str, reference: str) -> list[Piece]:
     """The answer with what it adds and what it leaves out, word by word.
 
     answer "a b", reference "a c"  ->  same "a ", missing "c", extra "b"
+    An answer that has little in common with the reference is all extra: chance matches would only confuse the eye.
     """
     ours, theirs = PIECES.findall(answer), PIECES.findall(reference)
+    matcher = difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False)
+    if answer and matcher.ratio() < ALIKE:
+        return [Piece("extra", answer)]
     found = []
-    for tag, start, end, ref_start, ref_end in difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False).get_opcodes():
+    for tag, start, end, ref_start, ref_end in matcher.get_opcodes():
         if tag == "equal":
             found.append(Piece("same", "".join(ours[start:end])))
         else:
@@ -177,7 +181,7 @@ def interval_strip(line: Line, baseline: str) -> dict[str, float]:
         reach = 1.0
 
     def place(value: float) -> float:
-        return round(50 + 48 * value / reach, 2)
+        return round(50 + 46 * value / reach, 2)
 
     low, high = place(difference.low), place(difference.high)
     return {"low": low, "width": round(max(high - low, 1.2), 2), "delta": place(difference.delta)}

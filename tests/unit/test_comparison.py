@@ -89,7 +89,9 @@ def page(rows: list[dict[str, Any]]) -> str:
 def test_the_page_says_the_verdict_first_in_one_sentence(rows) -> None:
     heading = re.search(r"<h1>(.*?)</h1>", page(rows), re.DOTALL)
     assert heading is not None
-    assert heading[1].startswith("The tuned model on parameters is better than the base model")
+    assert heading[1].startswith(
+        "On parameters, the tuned model is better than the base model, with and without examples"
+    )
     assert heading[1].count(". ") == 0
 
 
