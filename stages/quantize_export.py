@@ -41,9 +41,7 @@ def main(p: Params) -> None:
     with files.replacing(Path("models/export")) as folder:
         written = writing.write_formats(MERGED, folder, name, p.export, p.numerics)
         asked = measuring.ask_llama_cpp(written, MERGED, test, p.export, p.evaluate)
-        found = measuring.measure(
-            written, asked, MERGED, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics, seed=p.evaluate.seed
-        )
+        found = measuring.measure(written, asked, MERGED, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)
         stops = [tokenizer.convert_ids_to_tokens(token) for token in chat.stop_ids(tokenizer, MERGED)]
         recommended = writing.recommended(written)
         pieces = modelfile.pieces(tokenizer, stops) if recommended else None

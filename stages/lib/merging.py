@@ -5,6 +5,7 @@ dequantized    models/base through NF4 and back, the values the adapter was trai
 original       models/base as it is
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,15 +29,14 @@ def merge(base: Path, adapter: Path, into: Base, numerics: Numerics) -> PreTrain
         exact = replace(exact, quantization=Quantization.none)
     tuned = models.load_tuned(base, adapter, exact, dense=True)
     changed = largest_update(tuned)
-    if not changed > 0:
+    if not math.isfinite(changed):
+        raise ModelError(f"{adapter}: holds NaN or infinity. Lower train.learning_rate and run qlora_train again.")
+    if changed == 0:
         raise ModelError(
             f"{adapter}: its update of every weight is zero, so the merged model would be the base. "
             "Train longer or with another train.learning_rate."
         )
-    try:
-        return tuned.merge_and_unload(safe_merge=True)
-    except ValueError as fault:
-        raise ModelError(f"{adapter}: cannot be merged: {fault} Run qlora_train again.") from fault
+    return tuned.merge_and_unload()
 
 
 def largest_update(tuned: PeftModel) -> float:

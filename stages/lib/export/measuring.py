@@ -94,7 +94,6 @@ def measure(
     p: Export,
     e: Evaluate,
     n: Numerics,
-    seed: int,
 ) -> Found:
     """Measure every format against the merged model.
 
@@ -106,7 +105,7 @@ def measure(
     weights = sum(weight.numel() for weight in reference_model.parameters())
     expected = fidelity.reference(reference_model, rows)
     for form, told in asked.items():
-        found.metrics |= _in_llama_cpp(form, told, reference_model, predicted, p, e, seed, merged)
+        found.metrics |= _in_llama_cpp(form, told, reference_model, predicted, p, e, merged)
         tokens = sum(len(answer.ids) for answer in told.session.answers)
         found.speeds[f"export/{form}/tokens_per_second"] = round(tokens / told.session.seconds, 2)
     del reference_model
@@ -169,7 +168,6 @@ def _in_llama_cpp(
     predicted: Predictions,
     p: Export,
     e: Evaluate,
-    seed: int,
     merged: Path,
 ) -> dict[str, float]:
     """Stops, token probabilities and task score of the answers llama.cpp gave."""
@@ -197,7 +195,7 @@ def _in_llama_cpp(
         list(predicted.values()),
         samples=e.bootstrap_samples,
         confidence=e.confidence,
-        seed=seed,
+        seed=e.seed,
     )
     for name, difference in scores.items():
         stem = f"export/{form}/task/{name}"

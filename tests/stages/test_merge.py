@@ -1,0 +1,66 @@
+"""merge: one folder that stands alone, measured against 4-bit base + adapter, or nothing at all."""
+
+from pathlib import Path
+
+import pytest
+
+from stages import merge
+from stages.lib import files, merging
+from stages.lib.errors import GateError, ModelError
+from stages.lib.schema.merge import Base, Dtype, Merge
+from tests.exported import NUMERICS, make_inputs
+
+
+def params(into: Base = Base.dequantized, max_kl: float = 1e-3) -> merge.Params:
+    return merge.Params(merge=Merge(base=into, dtype=Dtype.float16, max_kl=max_kl, rows=4), numerics=NUMERICS)
+
+
+@pytest.fixture
+def inputs(in_tmp: Path, tiny_model_dir: Path) -> Path:
+    make_inputs(tiny_model_dir)
+    return in_tmp
+
+
+def test_merge_writes_the_trained_model_and_the_same_bytes_again(inputs: Path) -> None:
+    digests = []
+    for _ in range(2):
+        merge.main(params())
+        digests.append({path.name: files.sha256(path) for path in Path("models/merged").iterdir()})
+    assert digests[0] == digests[1]
+    assert files.read_json(Path("metrics/merge.json"))["merge/kl/mean"] < 1e-6
+
+
+def test_the_original_base_is_further_from_what_was_trained(inputs: Path) -> None:
+    merge.main(params())
+    near = files.read_json(Path("metrics/merge.json"))["merge/kl/mean"]
+    merge.main(params(Base.original, max_kl=10))
+    assert files.read_json(Path("metrics/merge.json"))["merge/kl/mean"] > 10 * near
+
+
+def test_a_merge_beyond_the_bound_leaves_the_last_one_in_place(inputs: Path) -> None:
+    merge.main(params())
+    before = files.sha256(Path("models/merged/model.safetensors"))
+    with pytest.raises(GateError, match=r"mean KL .* expected at most 1e-12.*\n?.*merge.max_kl"):
+        merge.main(params(max_kl=1e-12))
+    assert files.sha256(Path("models/merged/model.safetensors")) == before
+    assert [path.name for path in Path("models").iterdir() if "merged" in path.name] == ["merged"]
+
+
+def test_a_damaged_layer_breaks_the_gate(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = merging.merge
+
+    def damaged(*arguments):  # type: ignore[no-untyped-def]
+        model = whole(*arguments)
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.data.zero_()
+        return model
+
+    monkeypatch.setattr(merging, "merge", damaged)
+    with pytest.raises(GateError, match="mean KL"):
+        merge.main(params())
+    assert not Path("models/merged").exists()
+
+
+def test_a_merge_that_equals_the_base_is_an_error(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "is_equal", lambda one, other: True)
+    with pytest.raises(ModelError, match="expected the adapter's change"):
+        merge.main(params())

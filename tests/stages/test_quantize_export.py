@@ -1,0 +1,314 @@
+"""quantize_export: every format is loaded again and measured; one that is not the trained model stops the stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from huggingface_hub import ModelCard
+
+from stages import merge, quantize_export
+from stages.lib import chat, fidelity, files, models
+from stages.lib.errors import DataError, ExternalError, GateError, ModelError
+from stages.lib.export import gguf, llama_cpp, manifest, measuring, modelfile, nf4, writing
+from stages.lib.schema import base_model, data
+from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.export import Export, Format
+from stages.lib.schema.merge import Base, Dtype, Merge
+from tests.exported import NUMERICS, make_inputs
+
+NAME = "llama-tuned"
+ROWS = [[1, 20, 30, 40, 50], [1, 33, 70]]
+FORMATS = [Format.gguf_f16, Format.gguf_q8_0, Format.gguf_q4_k_m, Format.bnb_nf4]
+
+
+def params(**export: Any) -> quantize_export.Params:
+    values: dict[str, Any] = {
+        "formats": FORMATS,
+        "max_kl": {"gguf_f16": 1e-3, "gguf_q8_0": 1e-2},
+        "min_stopped": 0.9,
+        "rows": 4,
+        "answers": {"gguf_q8_0": 6},
+        "probes": 2,
+        "gguf_pre_tokenizer": "gpt-2",
+    }
+    return quantize_export.Params(
+        base_model=base_model.BaseModel(
+            source=base_model.Source.hub,
+            id="tiny/llama",
+            revision="0" * 40,
+            package=None,
+            package_file=None,
+            package_sha256=None,
+            license="apache-2.0",
+            license_url="https://example.invalid/licence",
+        ),
+        data=data.Data(
+            source=data.Source.local,
+            path="data/raw/rows.jsonl",
+            format=data.Format.auto,
+            columns={},
+            id=None,
+            revision=None,
+            split=None,
+            packages=[],
+            max_chars=1000,
+        ),
+        evaluate=Evaluate(
+            seed=1,
+            fewshot=1,
+            batch_size=4,
+            max_new_tokens=8,
+            answer_margin=2,
+            bootstrap_samples=100,
+            confidence=0.95,
+        ),
+        export=Export(**values | export),
+        numerics=NUMERICS,
+    )
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which merge has run."""
+    folder = tmp_path_factory.mktemp("merged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_inputs(tiny_model_dir)
+        recipe = Merge(base=Base.dequantized, dtype=Dtype.float16, max_kl=1e-3, rows=4)
+        merge.main(merge.Params(merge=recipe, numerics=NUMERICS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(merged: Path) -> Path:
+    """The same after quantize_export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(merged)
+        quantize_export.main(params())
+    return merged
+
+
+@pytest.fixture
+def inside(merged: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(merged)
+    return merged
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): files.sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_format_is_written_and_measured(exported: Path) -> None:
+    found = files.read_json(exported / "metrics/quantize_export.json")
+    for form in FORMATS:
+        assert found[f"export/{form}/kl/mean"] <= found[f"export/{form}/kl/p99"]
+        assert 0 <= found[f"export/{form}/top1"] <= 1
+    sizes = [found[f"export/{form}/bits_per_weight"] for form in FORMATS]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert found["export/gguf_q8_0/kl/mean"] < found["export/gguf_q4_k_m/kl/mean"]
+    assert found["export/gguf_q8_0/fallback_tensors"] == 0
+    assert found["export/gguf_f16/llama_cpp/top10_gap"] < 0.02
+    low, delta, high = (found[f"export/gguf_q8_0/task/parameters/field_f1/{name}"] for name in ("low", "delta", "high"))
+    assert low <= delta <= high
+    header = (exported / "plots/formats.csv").read_text().splitlines()[0]
+    assert header == "format,mib,bits_per_weight,fallback_tensors,kl_mean,kl_p99,perplexity_ratio,top1,loaded"
+
+
+def test_a_second_export_from_another_folder_gives_the_same_bytes(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import torch
+
+    elsewhere = tmp_path / "a b" / "c"
+    shutil.copytree(exported, elsewhere)
+    for made in ("models/export", "metrics/quantize_export.json", "plots"):
+        path = elsewhere / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.chdir(elsewhere)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        quantize_export.main(params())
+    finally:
+        torch.set_num_threads(threads)
+    for made in ("models/export", "metrics", "plots"):
+        assert digests(elsewhere / made) == digests(exported / made)
+
+
+def test_the_manifest_names_every_file_and_sees_a_change(exported: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "export"
+    shutil.copytree(exported / "models/export", folder)
+    manifest.verify(folder)
+    recorded = files.read_json(folder / "manifest.json")
+    assert recorded["base"]["id"] == "tiny/llama"
+    assert recorded["adapter"]["adapter_model.safetensors"] == files.sha256(
+        exported / "models/adapter/adapter_model.safetensors"
+    )
+    assert set(recorded["data"]) == {"test.parquet", "validation.parquet"}
+    (folder / "README.md").write_text("changed")
+    (folder / "more").touch()
+    with pytest.raises(DataError, match=r"2 files .* README.md, more"):
+        manifest.verify(folder)
+
+
+def test_gguf_holds_the_template_and_stop_of_training_and_no_place(exported: Path) -> None:
+    file = exported / "models/export" / f"{NAME}-Q8_0.gguf"
+    tokenizer = chat.load_tokenizer(exported / "models/base")
+    assert gguf.metadata(file, "tokenizer.chat_template") == tokenizer.chat_template
+    assert gguf.metadata(file, "tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
+    assert gguf.metadata(file, "general.name") == NAME
+    for path in (exported / "models/export").rglob("*"):
+        assert path.is_dir() or str(exported).encode() not in path.read_bytes(), path
+
+
+def test_nf4_is_saved_as_it_is_quantized_from_the_merged_model(exported: Path) -> None:
+    fresh = models.load_base(exported / "models/merged", NUMERICS)
+    again = models.load_base(exported / "models/export/bnb_nf4", NUMERICS)
+    assert fidelity.compare(fidelity.reference(fresh, ROWS), again).kl_mean == 0
+    assert nf4.bits_per_weight(exported / "models/export/bnb_nf4", again.num_parameters()) < 8
+
+
+def test_modelfile_renders_chats_as_the_template_does_and_stops_at_the_end_of_turn(exported: Path) -> None:
+    text = (exported / "models/export/Modelfile").read_text()
+    tokenizer = chat.load_tokenizer(exported / "models/base")
+    assert f"FROM ./{NAME}-Q8_0.gguf\n" in text
+    assert 'PARAMETER stop "<|im_end|>"\n' in text
+    template = text.split('TEMPLATE """')[1].split('"""')[0]
+    assert go(template, llama_cpp.THREE_TURNS) == chat.render(
+        tokenizer, llama_cpp.THREE_TURNS, add_generation_prompt=True
+    )
+
+
+def go(template: str, messages: Any) -> str:
+    """The few forms of Go's template language that the Modelfile uses."""
+    loop, generation = template.removeprefix("{{ range .Messages }}").rsplit("{{ end }}", 1)
+    written = ""
+    for message in messages:
+        for branch in loop.split('{{ if eq .Role "')[1:]:
+            role, body = branch.removesuffix("{{ end }}").split('" }}', 1)
+            if role == message["role"]:
+                written += body.replace("{{ .Content }}", message["content"])
+    return written + generation
+
+
+def test_a_template_with_a_system_turn_of_its_own_becomes_system(tiny_model_dir: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    found = modelfile.pieces(tokenizer, ["<|im_end|>"])
+    assert found is not None
+    assert found.system == "Be brief."
+    assert found.opening["user"] == "<|im_start|>user\n"
+    assert 'SYSTEM """Be brief."""' in modelfile.write("x.gguf", found, ["<|im_end|>"], 64)
+
+
+def test_a_template_that_counts_its_turns_gets_no_modelfile(tiny_model_dir: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    tokenizer.chat_template = "{% for message in messages %}{{ loop.index }}{{ message['content'] }}{% endfor %}"
+    assert modelfile.pieces(tokenizer, ["<|im_end|>"]) is None
+
+
+def test_the_card_has_metadata_results_and_limits(exported: Path) -> None:
+    card = ModelCard.load(exported / "models/export/README.md")
+    assert card.data.base_model == "tiny/llama"
+    assert card.data.license == "apache-2.0"
+    assert "| parameters | field F1 | 0.000 | 0.250 | 0.750 | +0.750 | +0.500 to +0.875 |" in card.text
+    assert "dequantized from Q4_1" in card.text
+    for form in FORMATS:
+        assert f"| {form} |" in card.text
+
+
+def test_a_format_further_than_its_limit_breaks_the_gate_and_leaves_nothing(inside: Path) -> None:
+    before = digests(Path("models"))
+    with pytest.raises(GateError, match=r"gguf_q8_0: mean KL .* at most 1e-12(.|\n)*export.max_kl"):
+        quantize_export.main(params(formats=[Format.gguf_q8_0], max_kl={"gguf_q8_0": 1e-12}))
+    assert digests(Path("models")) == before
+
+
+def test_a_damaged_file_is_seen(exported: Path, tmp_path: Path) -> None:
+    whole = exported / "models/export" / f"{NAME}-F16.gguf"
+    damaged = tmp_path / whole.name
+    damaged.write_bytes(whole.read_bytes())
+    tensor = next(tensor for tensor in GGUFReader(damaged, "r+").tensors if tensor.name == "blk.1.ffn_down.weight")
+    tensor.data[:] = 0
+    tensor.data.flush()
+    expected = fidelity.reference(models.load_dense(exported / "models/merged", NUMERICS), ROWS)
+    assert fidelity.compare(expected, gguf.load(whole, exported / "models/merged", NUMERICS)).kl_mean < 1e-6
+    assert fidelity.compare(expected, gguf.load(damaged, exported / "models/merged", NUMERICS)).kl_mean > 1e-3
+
+
+def test_a_file_of_another_shape_is_refused(exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    writer = GGUFWriter(other, "llama")
+    writer.add_block_count(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"llama.block_count is 3, expected num_hidden_layers=2"):
+        gguf.load(other, exported / "models/merged", NUMERICS)
+
+
+def test_a_runtime_that_renders_otherwise_breaks_the_gate(exported: Path) -> None:
+    tokenizer = chat.load_tokenizer(exported / "models/merged")
+    ids = chat.prompt_ids(tokenizer, llama_cpp.THREE_TURNS)
+    llama_cpp.check_chat(Path("m.gguf"), llama_cpp.Session("", ids, [], 1.0), tokenizer)
+    with pytest.raises(GateError, match=r"from token 3: found .* expected .*gguf_pre_tokenizer"):
+        llama_cpp.check_chat(Path("m.gguf"), llama_cpp.Session("", [*ids[:3], 7, *ids[4:]], [], 1.0), tokenizer)
+
+
+def test_answers_that_do_not_stop_where_the_tuned_model_did_break_the_gate(exported: Path) -> None:
+    p = params()
+    file = writing.Written(Format.gguf_q8_0, exported / "models/export" / f"{NAME}-Q8_0.gguf")
+    model = exported / "models/merged"
+    asked = measuring.ask_llama_cpp(
+        [file], model, files.read_rows(exported / "data/splits/test.parquet"), p.export, p.evaluate
+    )
+    predictions = files.read_rows(exported / "reports/evaluation/predictions.parquet")
+    stopping = {row["id"]: row | {"stops": 1.0} for row in predictions}
+    with pytest.raises(GateError, match=r"gguf_q8_0: ends 0% of the answers .* at least 90%"):
+        measuring.measure([file], asked, model, ROWS, stopping, p=p.export, e=p.evaluate, n=NUMERICS)
+
+
+def test_a_missing_converter_is_one_message_and_nothing_half_written(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(Path("models"))
+    monkeypatch.setattr(gguf, "CONVERTER", tmp_path / "nowhere")
+    with pytest.raises(ExternalError, match=r"nowhere: no convert_hf_to_gguf.py .*make env"):
+        quantize_export.main(params())
+    assert digests(Path("models")) == before
+
+
+def test_a_tokenizer_the_converter_does_not_know_names_the_key(inside: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not know this tokenizer.*export.gguf_pre_tokenizer"):
+        quantize_export.main(params(gguf_pre_tokenizer=None))
+
+
+def test_a_runtime_that_crashes_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF broken")
+    with pytest.raises(ExternalError, match=r"llama.cpp with broken.gguf: the process (was ended|ended)"):
+        llama_cpp.ask(tmp_path / "broken.gguf", [[1, 2]], stop_ids=[2], max_new_tokens=2)
+
+
+def test_a_crash_is_told_apart_from_an_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    with pytest.raises(ExternalError, match="trying it: the process was ended by signal 11"):
+        gguf.run_apart("trying it", "crash", PYTHONPATH=str(tmp_path))
+
+
+def test_only_the_asked_formats_are_written(inside: Path) -> None:
+    quantize_export.main(params(formats=[Format.gguf_q8_0], answers={}))
+    names = {path.name for path in Path("models/export").iterdir()}
+    assert names == {f"{NAME}-Q8_0.gguf", "LICENSE.md", "Modelfile", "README.md", "manifest.json"}
+    assert list(json.loads(Path("models/export/manifest.json").read_text())["formats"]) == ["gguf_q8_0"]

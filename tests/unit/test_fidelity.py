@@ -1,0 +1,61 @@
+"""fidelity: divergences and agreement by hand, and a damaged model seen."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stages.lib import fidelity, models
+from tests.exported import NUMERICS
+
+ROWS = [[1, 20, 30, 40, 50, 60], [1, 20, 31, 41]]
+
+
+class Fixed:
+    """A model of three tokens that expects the same at every place."""
+
+    device = "cpu"
+
+    def __init__(self, *probabilities: float) -> None:
+        self.logits = torch.tensor(probabilities).log()
+
+    def __call__(self, input_ids: torch.Tensor, logits_to_keep: int, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(1, logits_to_keep, -1))
+
+
+def test_the_divergence_of_two_known_distributions() -> None:
+    expected = fidelity.reference(Fixed(0.5, 0.25, 0.25), [[0, 0, 1], [0, 2, 0, 0]])
+    close = fidelity.compare(expected, Fixed(0.25, 0.5, 0.25))
+    assert close.tokens == 5
+    assert close.kl_mean == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+    assert close.top1 == 0
+    # three tokens 0, one token 1, one token 2
+    assert close.perplexity == pytest.approx(math.exp((3 * math.log(4) + math.log(2) + math.log(4)) / 5))
+    assert close.reference_perplexity == pytest.approx(math.exp((3 * math.log(2) + 2 * math.log(4)) / 5))
+
+
+def test_a_model_is_equal_to_itself(tiny_model_dir: Path) -> None:
+    model = models.load_dense(tiny_model_dir, NUMERICS)
+    close = fidelity.compare(fidelity.reference(model, ROWS), model)
+    assert (close.kl_mean, close.top1, close.perplexity_ratio) == (0, 1, 1)
+
+
+def test_what_all_rows_begin_with_is_left_out(tiny_model_dir: Path) -> None:
+    expected = fidelity.reference(models.load_dense(tiny_model_dir, NUMERICS), ROWS)
+    assert expected.skipped == 2
+    assert [len(row) for row in expected.log_probs] == [4, 2]
+
+
+def test_a_layer_of_zeros_is_seen(tiny_model_dir: Path) -> None:
+    model = models.load_dense(tiny_model_dir, NUMERICS)
+    expected = fidelity.reference(model, ROWS)
+    model.get_submodule("model.layers.0.mlp.down_proj").weight.data.zero_()
+    assert fidelity.compare(expected, model).kl_mean > 1e-4
+
+
+def test_the_largest_gap_is_over_every_candidate() -> None:
+    found = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
+    assert fidelity.largest_gap(found, [{0: -1.25, 1: -2.0}, {1: -3.5}]) == pytest.approx(0.5)

@@ -1,0 +1,86 @@
+"""merging: the merged weights are W + (alpha / r) B A, and what is saved needs nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.lib import chat, fidelity, files, merging, models
+from stages.lib.errors import ModelError
+from stages.lib.schema.merge import Base, Dtype
+from tests.exported import NUMERICS, make_adapter
+
+PROJECTION = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    make_adapter(tiny_model_dir, folder)
+    return folder
+
+
+@pytest.mark.parametrize("into", list(Base))
+def test_merged_is_the_base_plus_alpha_over_r_times_b_a(tiny_model_dir: Path, adapter: Path, into: Base) -> None:
+    lora = load_file(adapter / "adapter_model.safetensors")
+    stem = f"base_model.model.{PROJECTION}"
+    update = 8 / 4 * lora[f"{stem}.lora_B.weight"] @ lora[f"{stem}.lora_A.weight"]
+    if into is Base.original:
+        base = load_file(tiny_model_dir / "model.safetensors")[f"{PROJECTION}.weight"].float()
+    else:
+        base = models.load_base(tiny_model_dir, NUMERICS, dense=True).get_submodule(PROJECTION).weight
+    merged = merging.merge(tiny_model_dir, adapter, into, NUMERICS)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(merged.get_submodule(PROJECTION).weight, base + update, rtol=0, atol=1e-6)
+
+
+def test_the_two_bases_differ(tiny_model_dir: Path, adapter: Path) -> None:
+    weights = [merging.merge(tiny_model_dir, adapter, into, NUMERICS).get_submodule(PROJECTION).weight for into in Base]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_a_saved_merge_is_reloaded_as_the_trained_model(
+    tiny_model_dir: Path, adapter: Path, tmp_path: Path, dtype: Dtype
+) -> None:
+    merging.save(merging.merge(tiny_model_dir, adapter, Base.dequantized, NUMERICS), tiny_model_dir, tmp_path, dtype)
+    expected = fidelity.reference(models.load_tuned(tiny_model_dir, adapter, NUMERICS), [[1, 5, 9, 30, 7], [1, 5, 80]])
+    close = fidelity.compare(expected, models.load_dense(tmp_path, NUMERICS))
+    assert close.kl_mean < {Dtype.float32: 1e-6, Dtype.float16: 1e-6, Dtype.bfloat16: 1e-4}[dtype]
+    assert files.read_json(tmp_path / "config.json")["dtype"] == str(dtype)
+
+
+def test_a_saved_merge_tokenizes_and_stops_as_the_base_and_names_no_place(
+    tiny_model_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "merged"
+    merging.save(merging.merge(tiny_model_dir, adapter, Base.original, NUMERICS), tiny_model_dir, folder, Dtype.float16)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    tokenizers = [chat.load_tokenizer(place) for place in (tiny_model_dir, folder)]
+    assert chat.stop_ids(tokenizers[0], tiny_model_dir) == chat.stop_ids(tokenizers[1], folder)
+    assert not [path for path in folder.iterdir() if str(tmp_path).encode() in path.read_bytes()]
+    assert not list(folder.glob("adapter*"))
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    make_adapter(tiny_model_dir, tmp_path, scale=0.0)
+    with pytest.raises(ModelError, match="update of every weight is zero"):
+        merging.merge(tiny_model_dir, tmp_path, Base.dequantized, NUMERICS)
+
+
+def test_an_adapter_with_nan_is_refused(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights[f"base_model.model.{PROJECTION}.lora_B.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    with pytest.raises(ModelError, match="NaN"):
+        merging.merge(tiny_model_dir, tmp_path, Base.dequantized, NUMERICS)
+
+
+def test_a_weight_too_large_for_float16_is_refused(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    merged = merging.merge(tiny_model_dir, adapter, Base.dequantized, NUMERICS)
+    merged.get_submodule(PROJECTION).weight.data[0, 0] = 1e6
+    with pytest.raises(ModelError, match=r"does not fit into float16.*merge.dtype"):
+        merging.save(merged, tiny_model_dir, tmp_path, Dtype.float16)
