@@ -1,12 +1,15 @@
 """quantize_export: every format is loaded again and measured; one that is not the trained model stops the stage."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGUFReader, GGUFWriter
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from stages import merge, quantize_export
 from stages.lib import chat, fidelity, files, models
@@ -119,10 +122,6 @@ def test_every_format_is_written_and_measured(exported: Path) -> None:
 def test_a_second_export_from_another_folder_gives_the_same_bytes(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    import torch
-
     elsewhere = tmp_path / "a b" / "c"
     shutil.copytree(exported, elsewhere)
     for made in ("models/export", "metrics/quantize_export.json", "plots"):
@@ -140,8 +139,6 @@ def test_a_second_export_from_another_folder_gives_the_same_bytes(
 
 
 def test_the_manifest_names_every_file_and_sees_a_change(exported: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "export"
     shutil.copytree(exported / "models/export", folder)
     manifest.verify(folder)
@@ -242,9 +239,20 @@ def test_a_damaged_file_is_seen(exported: Path, tmp_path: Path) -> None:
     tensor = next(tensor for tensor in GGUFReader(damaged, "r+").tensors if tensor.name == "blk.1.ffn_down.weight")
     tensor.data[:] = 0
     tensor.data.flush()
-    expected = fidelity.reference(models.load_dense(exported / "models/merged", NUMERICS), ROWS)
-    assert fidelity.compare(expected, gguf.load(whole, exported / "models/merged", NUMERICS)).kl_mean < 1e-6
-    assert fidelity.compare(expected, gguf.load(damaged, exported / "models/merged", NUMERICS)).kl_mean > 1e-3
+    model = exported / "models/merged"
+    expected = fidelity.reference(models.load_dense(model, NUMERICS), ROWS)
+    assert fidelity.compare(expected, gguf.load(GGUFReader(whole), model, NUMERICS)).kl_mean < 1e-6
+    assert fidelity.compare(expected, gguf.load(GGUFReader(damaged), model, NUMERICS)).kl_mean > 1e-3
+
+
+def test_the_quick_way_into_transformers_loads_what_its_own_loader_loads(exported: Path) -> None:
+    file = exported / "models/export" / f"{NAME}-Q4_K_M.gguf"
+    quick = gguf.load(GGUFReader(file), exported / "models/merged", NUMERICS).state_dict()
+    own = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).state_dict()
+    assert quick.keys() == own.keys()
+    assert all(torch.equal(quick[name], own[name]) for name in own)
 
 
 def test_a_file_of_another_shape_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -256,7 +264,7 @@ def test_a_file_of_another_shape_is_refused(exported: Path, tmp_path: Path) -> N
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ModelError, match=r"llama.block_count is 3, expected num_hidden_layers=2"):
-        gguf.load(other, exported / "models/merged", NUMERICS)
+        gguf.load(GGUFReader(other), exported / "models/merged", NUMERICS)
 
 
 def test_a_runtime_that_renders_otherwise_breaks_the_gate(exported: Path) -> None:

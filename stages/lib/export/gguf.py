@@ -113,37 +113,37 @@ class Contents:
     fallbacks: int
 
 
-def contents(file: Path, form: Format) -> Contents:
+def contents(reader: GGUFReader, form: Format) -> Contents:
     """Count tensor types and bits from the file itself; norms and other vectors stay float32 by design."""
-    tensors = GGUFReader(file).tensors
+    tensors = reader.tensors
     weights = sum(int(tensor.n_elements) for tensor in tensors)
     matrices = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
     return Contents(
-        mib=round(file.stat().st_size / 2**20, 2),
+        mib=round(reader.data.nbytes / 2**20, 2),
         bits_per_weight=round(sum(int(tensor.n_bytes) for tensor in tensors) * 8 / weights, 3),
         tensors=len(tensors),
         fallbacks=sum(count for kind, count in matrices.items() if kind not in WANTED[form]),
     )
 
 
-def load(file: Path, merged: Path, n: Numerics) -> PreTrainedModel:
+def load(reader: GGUFReader, merged: Path, n: Numerics) -> PreTrainedModel:
     """The file's weights, dequantized, in a transformers model with the merged model's configuration.
 
-    The names and permutations are transformers' own (its GGUF loader); `from_pretrained(gguf_file=...)` would parse the
-    file's vocabulary four times over, 14 seconds for a small model instead of 4.
+    The names and permutations are those of transformers' own GGUF loader. `from_pretrained(gguf_file=...)` reads the
+    vocabulary over and over: 14 seconds for the default model instead of 5, for the same weights (a test compares).
 
+    Args: reader: of the file; parsing its head takes seconds, so it is done once for all that is asked of it.
     Raises: ModelError, when weights are missing, or the file describes another architecture than the merged model.
     """
-    reader = GGUFReader(file)
     resolved = numerics.resolve(n)
     config = AutoConfig.from_pretrained(merged, local_files_only=True)
     architecture = reader.fields["general.architecture"].contents()
-    _check_description(file, reader, architecture, config)
+    _check_description(reader, architecture, config)
     model = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, resolved.compute_dtype), attn_implementation="sdpa"
     )
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
+    names = _names(model, processor)
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         found = processor.process(
@@ -157,12 +157,23 @@ def load(file: Path, merged: Path, n: Numerics) -> PreTrainedModel:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     if lost := sorted(set(missing) - tied) + unexpected:
-        raise ModelError(f"{file.name}: {len(lost)} weights do not fit the merged model, such as {lost[0]}.")
+        raise ModelError(f"GGUF file: {len(lost)} weights do not fit the merged model, such as {lost[0]}.")
     model.tie_weights()
     return model.to(resolved.device).eval()
 
 
-def _check_description(file: Path, reader: GGUFReader, architecture: str, config: object) -> None:
+def _names(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
+    key = model.config.to_json_string()
+    if key not in _known_names:
+        _known_names[key] = get_gguf_hf_weights_map(model, processor)
+    return _known_names[key]
+
+
+_known_names: dict[str, dict[str, str]] = {}
+
+
+def _check_description(reader: GGUFReader, architecture: str, config: object) -> None:
     """Compare the numbers by which llama.cpp will build the model with the configuration they came from."""
     for key, name in GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {}).items():
         field, expected = reader.fields.get(f"{architecture}.{key}"), getattr(config, name or "", None)
@@ -170,9 +181,7 @@ def _check_description(file: Path, reader: GGUFReader, architecture: str, config
             continue
         found = field.contents()
         if isinstance(found, (int, float)) and abs(found - expected) > 1e-6 * abs(expected):
-            raise ModelError(
-                f"{file.name}: {architecture}.{key} is {found}, expected {name}={expected} as in training."
-            )
+            raise ModelError(f"GGUF file: {architecture}.{key} is {found}, expected {name}={expected} as in training.")
 
 
 def metadata(file: Path, key: str) -> object:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.lib import arms, chat, fidelity, held_out, models
@@ -113,10 +114,11 @@ def measure(
 
     faults = []
     for one in written:
-        close = fidelity.compare(expected, _load(one, merged, n))
+        size, model = _load(one, merged, n, weights)
+        close = fidelity.compare(expected, model)
+        del model
         gc.collect()
         found.metrics |= close.metrics(f"export/{one.form}")
-        size = _size(one, weights)
         found.metrics |= {f"export/{one.form}/{key}": value for key, value in size.items()}
         found.table.append(
             {"format": str(one.form)}
@@ -146,19 +148,19 @@ def measure(
     return found
 
 
-def _load(one: Written, merged: Path, n: Numerics) -> PreTrainedModel:
-    return gguf.load(one.path, merged, n) if one.is_gguf else models.load_base(one.path, n)
-
-
-def _size(one: Written, weights: int) -> dict[str, float]:
+def _load(one: Written, merged: Path, n: Numerics, weights: int) -> tuple[dict[str, float], PreTrainedModel]:
+    """The format's size and its model, from the files alone."""
     if one.is_gguf:
-        inside = gguf.contents(one.path, one.form)
-        return {"mib": inside.mib, "bits_per_weight": inside.bits_per_weight, "fallback_tensors": inside.fallbacks}
-    return {
+        reader = GGUFReader(one.path)
+        inside = gguf.contents(reader, one.form)
+        size = {"mib": inside.mib, "bits_per_weight": inside.bits_per_weight, "fallback_tensors": inside.fallbacks}
+        return size, gguf.load(reader, merged, n)
+    size = {
         "mib": round(sum(path.stat().st_size for path in one.path.iterdir()) / 2**20, 2),
         "bits_per_weight": nf4.bits_per_weight(one.path, weights),
         "fallback_tensors": 0,
     }
+    return size, models.load_base(one.path, n)
 
 
 def _in_llama_cpp(
