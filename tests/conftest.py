@@ -13,9 +13,7 @@ os.environ["PIPELINE_ENV"] = sys.prefix  # stages run in temporary repositories,
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MKL_CBWR", "AVX512,STRICT")  # as a stage sets them, before torch is imported
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: more threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 

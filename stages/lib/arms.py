@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from stages.lib import chat, fewshot, generation, reading, scoring
+from stages.lib.measures import SCORES, applicable, library
+from stages.lib.schema.evaluate import Evaluate
 
+Row = Mapping[str, Any]
 ARMS = ("base", "fewshot", "tuned")
 
 
@@ -20,7 +24,7 @@ ARMS = ("base", "fewshot", "tuned")
 class Question:
     """One held-out row as token ids: the prompt, and the reference answer up to and with its end-of-turn token."""
 
-    row: Mapping[str, Any]
+    row: Row
     reference: str
     prompt: list[int]
     answer: list[int]
@@ -41,9 +45,101 @@ class Answered:
     likelihood: scoring.Likelihood
 
 
-def questions(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]] = ()
-) -> list[Question]:
+@dataclass
+class Predicted:
+    """What the arms made of the test rows.
+
+    predictions: rows of comparison.PREDICTIONS, sorted by arm and id. limits: new tokens allowed, by task.
+    seconds: wall time by task and arm, `<task>/<arm>`.
+    """
+
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    limits: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def predict(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    test: Sequence[Row],
+    train: Sequence[Row],
+    p: Evaluate,
+    *,
+    stop_ids: Collection[int],
+) -> Predicted:
+    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, three rows of train.
+
+    Raises: DataError, when train has too few rows of a task to show as examples.
+    """
+    found = Predicted()
+    for task, rows in by_task(test).items():
+        examples = fewshot.choose(train, task, n=p.fewshot, seed=p.seed)
+        for arm in ARMS:
+            started = time.monotonic()
+            asked = questions(tokenizer, rows, examples if arm == "fewshot" else ())
+            found.limits[task] = answer_limit(asked, margin=p.answer_margin, max_new_tokens=p.max_new_tokens)
+            with weights_of(model, arm):
+                answered = answer(
+                    model,
+                    tokenizer,
+                    asked,
+                    stop_ids=stop_ids,
+                    max_new_tokens=found.limits[task],
+                    batch_size=p.batch_size,
+                )
+            found.predictions += _scored(arm, asked, answered)
+            found.seconds[f"{task}/{arm}"] = time.monotonic() - started
+            print(f"{task}, {arm}: {len(asked)} rows in {found.seconds[f'{task}/{arm}']:.0f} s", flush=True)
+    found.predictions.sort(key=lambda row: (row["arm"], row["id"]))
+    return found
+
+
+def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each task, tasks and rows in the order of their names and ids."""
+    tasks = sorted({row["task"] for row in rows})
+    return {
+        task: sorted((row for row in rows if row["task"] == task), key=lambda row: str(row["id"])) for task in tasks
+    }
+
+
+def losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, test: Sequence[Row], *, batch_size: int
+) -> dict[str, float]:
+    """Loss per token of the references without examples, by task, for a model that is no arm of its own."""
+    found = {}
+    for task, rows in by_task(test).items():
+        asked = questions(tokenizer, rows)
+        likelihoods = scoring.answer_likelihoods(
+            model, [each.prompt for each in asked], [each.answer for each in asked], batch_size=batch_size
+        )
+        found[task] = sum(each.nll for each in likelihoods) / sum(each.n_tokens for each in likelihoods)
+    return found
+
+
+def _scored(arm: str, asked: Sequence[Question], answered: Sequence[Answered]) -> list[dict[str, Any]]:
+    """Rows of comparison.PREDICTIONS for one task and arm."""
+    references = [question.reference for question in asked]
+    scores = library.score_rows(applicable(references), [given.answer for given in answered], references)
+    return [
+        {
+            "arm": arm,
+            "id": question.row["id"],
+            "task": question.row["task"],
+            "slice": question.row["source"],
+            "prompt_sha": question.prompt_sha,
+            "answer": given.answer,
+            "reference": question.reference,
+            "n_tokens": given.likelihood.n_tokens,
+            "nll": given.likelihood.nll,
+            "new_tokens": given.new_tokens,
+            "stops": float(given.stopped),
+            **{name: scores[name][place] if name in scores else None for name in SCORES},
+        }
+        for place, (question, given) in enumerate(zip(asked, answered, strict=True))
+    ]
+
+
+def questions(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Row] = ()) -> list[Question]:
     """The last answer of each row is asked for; what stands before it, behind the examples, is the prompt.
 
     Raises: chat.UnusableConversation, when the template does not let prompt and answer be told apart.

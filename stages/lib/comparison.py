@@ -52,7 +52,7 @@ class Line:
         return self.against[baseline].verdict(higher_is_better=self.higher_is_better)
 
 
-def compare(predictions: Sequence[Prediction], p: Evaluate, *, seed: int) -> list[Line]:
+def compare(predictions: Sequence[Prediction], p: Evaluate) -> list[Line]:
     """Every measure of every task, tasks in alphabetical order, measures in the order of the columns.
 
     Loss is nll per token over all tokens of the task; perplexity its exponential; the rest are means over rows.
@@ -69,18 +69,16 @@ def compare(predictions: Sequence[Prediction], p: Evaluate, *, seed: int) -> lis
         assert len({tuple(row["id"] for row in rows) for rows in by_arm.values()}) == 1
         n_tokens = [row["n_tokens"] for row in by_arm["tuned"]]
         per_token = {arm: [row["nll"] / row["n_tokens"] for row in rows] for arm, rows in by_arm.items()}
-        lines.append(_line(task, "loss", per_token, n_tokens, p, seed))
-        lines.append(_line(task, "perplexity", per_token, n_tokens, p, seed))
+        lines.append(_line(task, "loss", per_token, n_tokens, p))
+        lines.append(_line(task, "perplexity", per_token, n_tokens, p))
         for measure in (*SCORES, "stops"):
             if by_arm["tuned"][0][measure] is not None:
                 scores = {arm: [row[measure] for row in rows] for arm, rows in by_arm.items()}
-                lines.append(_line(task, measure, scores, [1] * len(n_tokens), p, seed))
+                lines.append(_line(task, measure, scores, [1] * len(n_tokens), p))
     return lines
 
 
-def _line(
-    task: str, measure: str, values: Mapping[str, Sequence[float]], weights: Sequence[int], p: Evaluate, seed: int
-) -> Line:
+def _line(task: str, measure: str, values: Mapping[str, Sequence[float]], weights: Sequence[int], p: Evaluate) -> Line:
     # The same seed for every measure: all see the same resampled rows.
     transform = np.exp if measure == "perplexity" else np.positive
     against = {
@@ -90,7 +88,7 @@ def _line(
             weights,
             samples=p.bootstrap_samples,
             confidence=p.confidence,
-            seed=seed,
+            seed=p.seed,
             transform=transform,
         )
         for arm in BASELINES

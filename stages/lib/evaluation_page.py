@@ -54,6 +54,7 @@ class Piece:
 def render(
     lines: Sequence[Line],
     predictions: Sequence[Prediction],
+    metrics: Mapping[str, float],
     *,
     questions: Mapping[str, Sequence[Mapping[str, str]]],
     limits: Mapping[str, int],
@@ -64,7 +65,7 @@ def render(
 ) -> str:
     """The page as HTML.
 
-    Args: questions: turns of each row's prompt, by row id. limits: new tokens allowed, by task. curve: rows of
+    Args: metrics: of the stage, for what is no comparison. questions: turns of each row's prompt, by row id. limits: new tokens allowed, by task. curve: rows of
         plots/train.csv. counts: metrics of dedup_split. model: name of the base model.
     """
     cards = side_by_side(predictions)
@@ -80,6 +81,7 @@ def render(
                 "name": task,
                 "rows": sum(card["task"] == task for card in cards),
                 "limit": limits[task],
+                "base_16bit": metrics.get(f"test/{task}/loss/base_16bit"),
                 "lines": [line for line in lines if line.task == task],
                 "main": main_measure(lines, task),
                 "cards": [card for card in cards if card["task"] == task][:SHOWN],
@@ -102,7 +104,7 @@ def render(
 
 def verdict(lines: Sequence[Line]) -> str:
     """What came out, in one sentence: the tuned model against both baselines on the main measure of each task."""
-    parts = []
+    parts: list[str] = []
     for task in sorted({line.task for line in lines}):
         line = main_measure(lines, task)
         base, fewshot = line.verdict("base"), line.verdict("fewshot")
@@ -130,6 +132,15 @@ def side_by_side(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
         )
         card[row["arm"]] = row
     return list(cards.values())
+
+
+def answers_table(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
+    """Flat rows for a table: id, task, reference, and the answer of each arm."""
+    return [
+        {name: card[name] for name in ("id", "task", "reference")}
+        | {arm: card[arm]["answer"] for arm in ("base", "fewshot", "tuned")}
+        for card in side_by_side(predictions)
+    ]
 
 
 def worst(cards: Sequence[Mapping[str, Any]], lines: Sequence[Line]) -> list[Mapping[str, Any]]:

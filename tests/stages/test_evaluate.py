@@ -21,7 +21,14 @@ NUMERICS = Numerics(
     double_quantization=True,
 )
 SETTINGS = Evaluate(
-    seed=42, fewshot=2, batch_size=3, max_new_tokens=10, answer_margin=2, bootstrap_samples=200, confidence=0.95
+    seed=42,
+    fewshot=2,
+    batch_size=3,
+    max_new_tokens=10,
+    answer_margin=2,
+    base_16bit=True,
+    bootstrap_samples=200,
+    confidence=0.95,
 )
 
 
@@ -97,7 +104,8 @@ def test_metrics_are_flat_numbers_per_task_measure_and_figure(workplace: Path) -
     for task, measures in (("fields", {"json_valid", "field_f1"}), ("words", set())):
         expected = measures | {"loss", "perplexity", "exact_match", "rouge_l", "chrf", "stops"}
         found = {tuple(name.split("/")[2:]) for name in metrics if name.startswith(f"test/{task}/")}
-        assert found == {(measure, figure) for measure in expected for figure in figures}
+        extra = {("loss", "base_16bit"), ("perplexity", "base_16bit")}
+        assert found == {(measure, figure) for measure in expected for figure in figures} | extra
 
 
 def test_two_runs_give_the_same_bytes(workplace: Path) -> None:

@@ -10,7 +10,14 @@ from stages.lib.measures import SCORES
 from stages.lib.schema.evaluate import Evaluate
 
 SETTINGS = Evaluate(
-    seed=42, fewshot=3, batch_size=8, max_new_tokens=32, answer_margin=8, bootstrap_samples=500, confidence=0.95
+    seed=42,
+    fewshot=3,
+    batch_size=8,
+    max_new_tokens=32,
+    answer_margin=8,
+    base_16bit=False,
+    bootstrap_samples=500,
+    confidence=0.95,
 )
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
 
@@ -44,7 +51,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_the_tuned_model_is_compared_with_both_baselines(rows) -> None:
-    metrics = comparison.metrics(comparison.compare(rows, SETTINGS, seed=42))
+    metrics = comparison.metrics(comparison.compare(rows, SETTINGS))
     assert metrics["test/parameters/field_f1/base"] == 0
     assert metrics["test/parameters/field_f1/fewshot"] == 0.5
     assert metrics["test/parameters/field_f1/tuned"] == metrics["test/parameters/field_f1/delta"] == 7 / 8
@@ -56,23 +63,24 @@ def test_the_tuned_model_is_compared_with_both_baselines(rows) -> None:
 
 
 def test_loss_and_perplexity_are_better_when_they_are_lower(rows) -> None:
-    lines = {line.measure: line for line in comparison.compare(rows, SETTINGS, seed=42)}
+    lines = {line.measure: line for line in comparison.compare(rows, SETTINGS)}
     assert {lines[name].verdict("base") for name in ("loss", "perplexity", "field_f1")} == {"better"}
 
 
 def test_a_measure_that_does_not_apply_leaves_no_key(rows) -> None:
     for row in rows:
         row |= {"json_valid": None, "field_f1": None}
-    lines = comparison.compare(rows, SETTINGS, seed=42)
+    lines = comparison.compare(rows, SETTINGS)
     assert not [name for name in comparison.metrics(lines) if "json_valid" in name or "field_f1" in name]
     assert comparison.main_measure(lines, "parameters").measure == "rouge_l"
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    lines = comparison.compare(rows, SETTINGS, seed=42)
+    lines = comparison.compare(rows, SETTINGS)
     return evaluation_page.render(
         lines,
         rows,
+        comparison.metrics(lines) | {"test/parameters/loss/base_16bit": 1.25},
         questions={row["id"]: [{"role": "user", "content": "Which </pre><script> parameters?"}] for row in rows},
         limits={task: 20 for task in {row["task"] for row in rows}},
         curve=[
@@ -117,7 +125,7 @@ def test_equal_inputs_give_an_equal_page_and_order_of_rows_does_not_matter(rows)
 
 def test_counts_of_rows_and_duplicates_stand_on_the_page(rows) -> None:
     html = page(rows)
-    for text in ("8 held-out rows", "683 exact", "111 near", "440 rows"):
+    for text in ("8 held-out rows", "683 exact", "111 near", "440 rows", "a loss of 1.250 nats"):
         assert text in html
 
 
@@ -134,7 +142,7 @@ def test_differences_mark_what_the_answer_adds_and_leaves_out() -> None:
 
 
 def test_the_worst_errors_come_first(rows) -> None:
-    lines = comparison.compare(rows, SETTINGS, seed=42)
+    lines = comparison.compare(rows, SETTINGS)
     cards = evaluation_page.side_by_side(rows)
     assert evaluation_page.worst(cards, lines)[0]["id"] == "parameters07"
 

@@ -12,6 +12,7 @@ class Evaluate:
     batch_size: int
     max_new_tokens: int
     answer_margin: int  # tokens an answer may be longer than the longest reference of its task; max_new_tokens caps it
+    base_16bit: bool  # also score the references with the base model before quantization
     bootstrap_samples: int
     confidence: float
 
