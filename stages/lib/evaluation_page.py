@@ -65,8 +65,9 @@ def render(
 ) -> str:
     """The page as HTML.
 
-    Args: metrics: of the stage, for what is no comparison. questions: turns of each row's prompt, by row id. limits: new tokens allowed, by task. curve: rows of
-        plots/train.csv. counts: metrics of dedup_split. model: name of the base model.
+    Args: metrics: of the stage, for what is no comparison of arms. questions: turns of each row's prompt, by row id.
+        limits: new tokens allowed, by task. curve: rows of plots/train.csv. counts: metrics of dedup_split.
+        model: name of the base model.
     """
     cards = side_by_side(predictions)
     environment = jinja2.Environment(
