@@ -64,6 +64,7 @@ def params(**export: Any) -> quantize_export.Params:
             batch_size=4,
             max_new_tokens=8,
             answer_margin=2,
+            base_16bit=False,
             bootstrap_samples=100,
             confidence=0.95,
         ),
