@@ -4,6 +4,7 @@ Reads data/packed and models/base; writes models/adapter (the best checkpoint as
 samples.jsonl), plots/train.csv and metrics/qlora_train.json.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class Params:
 
 
 def main(p: Params) -> None:
+    # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     from stages.lib import models, qlora, training  # torch, once numerics are settled
 
     base = Path("models/base")
