@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from gguf import GGUFReader, GGUFWriter
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -15,10 +16,12 @@ from stages import merge, quantize_export
 from stages.lib import chat, fidelity, files, models
 from stages.lib.errors import DataError, ExternalError, GateError, ModelError
 from stages.lib.export import gguf, llama_cpp, manifest, measuring, modelfile, nf4, writing
-from stages.lib.schema import base_model, data
+from stages.lib.schema.base_model import BaseModel
+from stages.lib.schema.data import Data
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export, Format
 from stages.lib.schema.merge import Base, Dtype, Merge
+from tests.conftest import ROOT
 from tests.exported import NUMERICS, make_inputs
 
 NAME = "llama-tuned"
@@ -36,41 +39,18 @@ def params(**export: Any) -> quantize_export.Params:
         "probes": 2,
         "gguf_pre_tokenizer": "gpt-2",
     }
+    shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}
     return quantize_export.Params(
-        base_model=base_model.BaseModel(
-            source=base_model.Source.hub,
-            id="tiny/llama",
-            revision="0" * 40,
-            package=None,
-            package_file=None,
-            package_sha256=None,
-            license="apache-2.0",
-            license_url="https://example.invalid/licence",
-        ),
-        data=data.Data(
-            source=data.Source.local,
-            path="data/raw/rows.jsonl",
-            format=data.Format.auto,
-            columns={},
-            id=None,
-            revision=None,
-            split=None,
-            packages=[],
-            max_chars=1000,
-        ),
-        evaluate=Evaluate(
-            seed=1,
-            fewshot=1,
-            batch_size=4,
-            max_new_tokens=8,
-            answer_margin=2,
-            base_16bit=False,
-            bootstrap_samples=100,
-            confidence=0.95,
-        ),
+        base_model=BaseModel(**configured("base_model/smollm2_135m") | {"id": "tiny/llama"}),
+        data=Data(**configured("data/python_docs")),
+        evaluate=Evaluate(**configured("evaluate/three_arms") | shrunk),
         export=Export(**values | export),
         numerics=NUMERICS,
     )
+
+
+def configured(choice: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "conf" / f"{choice}.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
