@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+LIKELY = 0.01  # probability from which a candidate of another runtime is compared
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -93,14 +95,15 @@ def compare(expected: Reference, model: PreTrainedModel) -> Fidelity:
     )
 
 
-def largest_gap(model_log_probs: torch.Tensor, top: Sequence[dict[int, float]]) -> float:
-    """The largest difference between a model's log-probabilities and another runtime's most likely tokens, in nats.
+def gaps(model_log_probs: torch.Tensor, top: Sequence[dict[int, float]]) -> list[float]:
+    """Absolute differences between a model's log-probabilities and another runtime's most likely tokens, in nats.
 
+    Candidates below LIKELY are left out: behind "-15 or -17 nats" stands no difference anyone could see.
     Args: model_log_probs: (T, V). top: for each of the T positions, token id -> log-probability in the other runtime.
     """
-    gaps = [
+    return [
         abs(model_log_probs[position, token].item() - value)
         for position, candidates in enumerate(top)
         for token, value in candidates.items()
+        if value >= math.log(LIKELY)
     ]
-    return max(gaps, default=0.0)

@@ -93,7 +93,7 @@ def test_every_format_is_written_and_measured(exported: Path) -> None:
     assert sizes[0] > sizes[1] > sizes[2]
     assert found["export/gguf_q8_0/kl/mean"] < found["export/gguf_q4_k_m/kl/mean"]
     assert found["export/gguf_q8_0/fallback_tensors"] == 0
-    assert found["export/gguf_f16/llama_cpp/top10_gap"] < 0.02
+    assert found["export/gguf_f16/llama_cpp/logprob_gap/max"] < 0.02
     low, delta, high = (found[f"export/gguf_q8_0/task/parameters/field_f1/{name}"] for name in ("low", "delta", "high"))
     assert low <= delta <= high
     header = (exported / "plots/formats.csv").read_text().splitlines()[0]
@@ -148,7 +148,7 @@ def test_gguf_holds_the_template_and_stop_of_training_and_no_place(exported: Pat
 def test_nf4_is_saved_as_it_is_quantized_from_the_merged_model(exported: Path) -> None:
     fresh = models.load_base(exported / "models/merged", NUMERICS)
     again = models.load_base(exported / "models/export/bnb_nf4", NUMERICS)
-    assert fidelity.compare(fidelity.reference(fresh, ROWS), again).kl_mean == 0
+    assert fidelity.compare(fidelity.reference(fresh, ROWS), again).kl_mean < 1e-6
     assert nf4.bits_per_weight(exported / "models/export/bnb_nf4", again.num_parameters()) < 8
 
 
@@ -294,6 +294,13 @@ def test_a_crash_is_told_apart_from_an_exit(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     with pytest.raises(ExternalError, match="trying it: the process was ended by signal 11"):
         gguf.run_apart("trying it", "crash", PYTHONPATH=str(tmp_path))
+
+
+def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hang.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(gguf, "PATIENCE_S", 1)
+    with pytest.raises(ExternalError, match="trying it: no end after 1 s"):
+        gguf.run_apart("trying it", "hang", PYTHONPATH=str(tmp_path))
 
 
 def test_only_the_asked_formats_are_written(inside: Path) -> None:

@@ -56,6 +56,6 @@ def test_a_layer_of_zeros_is_seen(tiny_model_dir: Path) -> None:
     assert fidelity.compare(expected, model).kl_mean > 1e-4
 
 
-def test_the_largest_gap_is_over_every_candidate() -> None:
+def test_gaps_are_over_the_likely_candidates_of_every_token() -> None:
     found = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
-    assert fidelity.largest_gap(found, [{0: -1.25, 1: -2.0}, {1: -3.5}]) == pytest.approx(0.5)
+    assert fidelity.gaps(found, [{0: -1.25, 1: -2.0}, {1: -3.5, 0: -9.0}]) == pytest.approx([0.25, 0.0, 0.5])

