@@ -8,9 +8,10 @@ from stages.lib import tracking
 
 def main() -> int:
     uri = tracking.address(None)
-    tracking.connect(uri)
+    experiment_id = tracking.connect(uri)
     port = os.environ.get("PORT", "5000")
-    print(f"MLflow on http://127.0.0.1:{port}, store {uri}; end with Ctrl-C", flush=True)
+    page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs"
+    print(f"MLflow on {page}, store {uri}; end with Ctrl-C", flush=True)
     server = ["mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", port, "--workers", "1"]
     os.execvp(server[0], server)
 

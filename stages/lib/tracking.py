@@ -95,7 +95,9 @@ def connect(uri: str) -> str:
             return str(found.experiment_id)
         is_local = uri.startswith("sqlite:")
         artifacts = f"file://{environment.root()}/mlartifacts" if is_local else None
-        return mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        # MLflow's pages open on the runs of such an experiment, and on traces of chats otherwise
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts, tags=kind)
 
 
 def _lock() -> FileLock:
