@@ -226,8 +226,8 @@ def fastest(product: Callable[[], object], *, rounds: int = 5, calls: int = 10) 
 
 MEASUREMENTS: dict[str, Callable[[Params, int], dict[str, float]]] = {
     "stage": train_as_the_stage,
-    "trl_default": lambda p, steps: train_with_plain_trl(p, max(steps // 2, LEFT_OUT + 3), is_float32=False),
-    "trl_float32": lambda p, steps: train_with_plain_trl(p, max(steps // 2, LEFT_OUT + 3), is_float32=True),
+    "trl_default": lambda p, steps: train_with_plain_trl(p, LEFT_OUT + 2, is_float32=False),
+    "trl_float32": lambda p, steps: train_with_plain_trl(p, LEFT_OUT + 2, is_float32=True),
     "limit": matrix_product_limit,
 }
 
@@ -245,9 +245,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=3, help="of the stage's loop; the plain script alternates with it"
     )
-    parser.add_argument(
-        "--steps", type=int, default=12, help="optimizer steps of the stage's loop, half of the script's"
-    )
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of the stage's loop")
     parser.add_argument("--measure", choices=sorted(MEASUREMENTS), help="make one measurement in this process")
     parser.add_argument("overrides", nargs="*", help="as for a stage: lora.r=8")
     return parser.parse_args()
