@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
@@ -13,6 +14,7 @@ os.environ["PIPELINE_ENV"] = sys.prefix  # stages run in temporary repositories,
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MKL_CBWR", "AVX512,STRICT")  # as a stage sets them, before torch is imported
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
@@ -121,11 +123,16 @@ def make_repo(folder: Path) -> Path:
 
 
 def run(folder: Path, *command: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project's environment in a repository; text of both streams is kept."""
+    """Run a command of the project's environment in a repository; text of both streams is kept.
+
+    Through files, not pipes: what a command leaves running (`dvc queue start`) holds these open, too.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
     variables |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
     variables |= {"HF_HOME": str(folder.parent / "hub-cache")} | environment
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=variables, check=False
-    )
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        done = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=timeout, env=variables, check=False)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())

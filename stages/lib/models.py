@@ -120,6 +120,7 @@ def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> PreTrainedModel:
     logging.disable_progress_bar()  # hundreds of lines for a load of seconds
+    numerics.start_vector_math()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

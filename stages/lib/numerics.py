@@ -27,6 +27,8 @@ def settle(numerics: Numerics, threads: int | None) -> dict[str, str]:
         "MKL_NUM_THREADS": cores,
         "MKL_DYNAMIC": "FALSE",
         "TOKENIZERS_PARALLELISM": "false",
+        # Nothing is compiled at run time: bitsandbytes would do so, but only where it finds a C++ compiler.
+        "TORCHDYNAMO_DISABLE": "1",
         # GNU OpenMP's threads spin while they wait. Beside another process on the same cores that made a loop of small
         # and large products five times slower; with a short spin each gets its share.
         "GOMP_SPINCOUNT": "1000",
@@ -73,6 +75,17 @@ def resolve(numerics: Numerics) -> Resolved:
         adapter = "float32"
         reason += ", adapters float32 (small updates survive)"
     return Resolved(device, compute, adapter, reason)
+
+
+def start_vector_math() -> None:
+    """Let MKL set its vector functions up on one thread, before any tensor is large enough for several.
+
+    When two threads make the process's first call of one at the same time, one of them may get a less accurate variant
+    for that call: seen once in some 3,000 starts, as rotary embeddings that were off by 1.5e-4.
+    """
+    import torch
+
+    torch.cos(torch.zeros(1))
 
 
 def seed_everything(seed: int, numerics: Numerics) -> None:

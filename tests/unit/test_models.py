@@ -10,8 +10,9 @@ import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from stages.lib import models, qlora
+from stages.lib import models, numerics, qlora
 from stages.lib.errors import ModelError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
@@ -19,6 +20,17 @@ from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numeri
 NF4 = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.nf4, True)
 PLAIN = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.none, True)
 IDS = torch.arange(3, 40)[None]
+
+
+def test_vector_functions_are_set_up_before_weights_are_read(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    read = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(numerics, "start_vector_math", lambda: calls.append("vector math"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: calls.append("read") or read(*a, **k))
+    models.load_base(tiny_model_dir, NF4)
+    assert calls == ["vector math", "read"]
 
 
 def logits(model: Any) -> torch.Tensor:
