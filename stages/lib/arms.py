@@ -67,7 +67,7 @@ def predict(
     *,
     stop_ids: Collection[int],
 ) -> Predicted:
-    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, three rows of train.
+    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, rows of train.
 
     Raises: DataError, when train has too few rows of a task to show as examples.
     """

@@ -41,7 +41,7 @@ def greedy(
 
 @torch.inference_mode()
 def after(read: reading.Read, *, stop_ids: Collection[int], max_new_tokens: int) -> list[Generated]:
-    """Continue a batch of prompts that were read. This uses the batch up: rows leave it as they end."""
+    """Continue a batch of prompts that were read. This uses the batch up: lines leave it as they end."""
     written: list[list[int]] = [[] for _ in read.rows]
     stopped = [False] * len(read.rows)
     ended: set[int] = set()
@@ -63,23 +63,10 @@ def after(read: reading.Read, *, stop_ids: Collection[int], max_new_tokens: int)
         if not going_on:
             return [Generated(ids, by_itself) for ids, by_itself in zip(written, stopped, strict=True)]
         if len(going_on) <= CROWD * len(present):
-            keep = torch.tensor(going_on, device=tokens.device)
-            read.cache.batch_select_indices(keep)
-            read.mask, tokens, positions = read.mask[keep], tokens[keep], positions[keep]
+            read.keep_lines(going_on)
+            tokens, positions = tokens[going_on], positions[going_on]
             present = [present[line] for line in going_on]
         read.mask = torch.cat([read.mask, read.mask.new_ones(len(present), 1)], dim=1)
-        tokens = _next(read, tokens, positions)
+        logits = read.forward(slice(None), tokens[:, None], read.mask, positions[:, None], keep=1)
+        tokens = logits[:, -1].argmax(dim=-1)
         positions = positions + 1
-
-
-def _next(read: reading.Read, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The most likely token after `tokens`, (B,) each, which stand at `positions`."""
-    output = read.model(
-        input_ids=tokens[:, None],
-        attention_mask=read.mask,
-        position_ids=positions[:, None],
-        past_key_values=read.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1].argmax(dim=-1)

@@ -3,8 +3,10 @@
 Nothing here runs code of a model folder, reaches the network or reads a pickle.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -19,7 +21,7 @@ from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
 
-__all__ = ["dequantized", "load_base", "load_dense", "load_tokenizer", "load_tuned"]
+__all__ = ["dequantized", "load_base", "load_dense", "load_tokenizer", "load_tuned", "unpacked"]
 
 
 def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedModel:
@@ -90,6 +92,8 @@ def load_dense(folder: Path, n: Numerics) -> PreTrainedModel:
 
 def dequantized(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:
     """The values a 4-bit layer multiplies with, (out, in), as its own forward unpacks them."""
+    if (kept := layer.__dict__.get("unpacked")) is not None and kept.dtype == dtype:
+        return cast(torch.Tensor, kept)
     state = layer.weight.quant_state
     absmax = state.absmax
     if state.nested:
@@ -101,6 +105,22 @@ def dequantized(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:
     return torch.ops.bitsandbytes.dequantize_4bit(
         layer.weight.data.view(-1, 1), absmax, state.blocksize, state.quant_type, state.shape, dtype
     )
+
+
+@contextmanager
+def unpacked(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keep the values of 4-bit layers at hand for many passes over few tokens, where unpacking would take most time.
+
+    On CPU, and for layers that compute with `dequantized`; a GPU multiplies packed weights as fast.
+    """
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.__dict__["unpacked"] = dequantized(layer, dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["unpacked"]
 
 
 def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -30,8 +30,8 @@ def settle(numerics: Numerics, threads: int | None) -> dict[str, str]:
         # Nothing is compiled at run time: bitsandbytes would do so, but only where it finds a C++ compiler.
         "TORCHDYNAMO_DISABLE": "1",
         # GNU OpenMP's threads spin while they wait. Beside another process on the same cores that made a loop of small
-        # and large products five times slower; with a short spin each gets its share.
-        "GOMP_SPINCOUNT": "1000",
+        # and large products five times slower; with a short spin each gets its share, and alone it costs little.
+        "GOMP_SPINCOUNT": "5000",
     }
     if numerics.determinism is Determinism.strict:
         variables |= {"MKL_CBWR": f"{_vector_extension()},STRICT", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -8,7 +8,7 @@ positions count unmasked tokens only. Hence a row's numbers do not depend on the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,31 +16,61 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 PAD = 0  # any valid id: padded positions are masked out of attention, and what is computed there is never read
+LINES_PER_PASS = 16  # enough for fast matrix products over many tokens; more lines only bring more padding
 
 
 @dataclass
 class Read:
-    """A batch of prompts that the model has read.
+    """A batch of prompts that the model has read: the longest first, one per line.
 
     rows: (B,) places of the prompts in the caller's list.
-    cache: keys and values of all positions so far, T columns, with room for more.
     mask: (B, T), 1 where a token stands, 0 where padding does.
     logits: (B, V), for the token after each prompt.
     """
 
     model: PreTrainedModel
     rows: list[int]
-    cache: Cache
     mask: torch.Tensor
     logits: torch.Tensor
+    window: _Window
+    cache: Cache
 
     def next_positions(self) -> torch.Tensor:
-        """Position of the token after each prompt, (B,)."""
+        """Position of the token after each line, (B,)."""
         return self.mask.sum(dim=-1)
 
-    def forget(self, n_columns: int) -> None:
-        """Take back the last columns written to the cache; no keys or values are copied."""
-        self.cache.crop(-n_columns)
+    def passes(self) -> Iterator[slice]:
+        """The lines, a few at a time: as many as a pass over more than one token each should hold."""
+        for start in range(0, len(self.mask), LINES_PER_PASS):
+            yield slice(start, start + LINES_PER_PASS)
+
+    def forward(
+        self, lines: slice, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, *, keep: int
+    ) -> torch.Tensor:
+        """Run the model over the last columns of some lines, and remember their keys and values there.
+
+        What is remembered at columns written again later is overwritten; so a pass is taken back by not counting it.
+
+        Args: ids, positions: (b, n). mask: (b, C), of all columns up to the last of these n. keep: logits wanted.
+        Returns: logits of the last `keep` columns, (b, keep, V).
+        """
+        self.window.lines, self.window.start = lines, mask.shape[1] - ids.shape[1]
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def keep_lines(self, lines: list[int]) -> None:
+        """Let all other lines leave the batch."""
+        index = torch.tensor(lines, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
 
 
 @torch.inference_mode()
@@ -58,16 +88,15 @@ def in_batches(
     for rows in by_length([len(prompt) for prompt in prompts], batch_size=batch_size):
         ids, tail_mask = left_padded([prompts[row][shared:] for row in rows], model.device)
         mask = torch.cat([tail_mask.new_ones(len(rows), shared), tail_mask], dim=1)
-        cache = _reserved(model, prefix, len(rows), mask.shape[1] + room)
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, shared:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        yield Read(model, rows, cache, mask, output.logits[:, -1])
+        window = _Window(len(rows), mask.shape[1] + room)
+        read = Read(model, rows, mask, torch.empty(0), window, _cache(model, window, prefix))
+        logits = []
+        for lines in read.passes():
+            width = int(tail_mask[lines].sum(dim=-1).max())
+            spots = positions(mask[lines])[:, -width:]
+            logits.append(read.forward(lines, ids[lines, -width:], mask[lines], spots, keep=1)[:, -1])
+        read.logits = torch.cat(logits)
+        yield read
 
 
 def by_length(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
@@ -111,50 +140,61 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return length
 
 
-class _ReservedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
+@dataclass
+class _Window:
+    """Where the next pass reads and writes in the memory that all layers reserve: these lines, from this column on."""
+
+    n_lines: int
+    n_columns: int
+    lines: slice = field(default_factory=lambda: slice(None))
+    start: int = 0
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
     """Keys and values of one layer in memory reserved once; the library's own layer copies all of it at every token."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, window: _Window) -> None:
         super().__init__()
-        self.room = room
+        self.window = window
+        self.memory: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, (lines, heads, columns, D)
+
+    def get_seq_length(self) -> int:
+        return self.window.start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(rows, heads, self.room, width)
-            self.all_values = value_states.new_empty(rows, heads, self.room, value_states.shape[-1])
-        start = self.get_seq_length()
+        if self.memory is None:
+            # Zeros: a masked column has weight 0, and 0 times what memory happens to hold may be NaN.
+            size = self.window.n_lines, key_states.shape[1], self.window.n_columns
+            self.memory = (
+                key_states.new_zeros(*size, key_states.shape[-1]),
+                value_states.new_zeros(*size, value_states.shape[-1]),
+            )
+        keys, values = self.memory
+        lines, start = self.window.lines, self.window.start
         end = start + key_states.shape[-2]
-        self.all_keys[:, :, start:end] = key_states
-        self.all_values[:, :, start:end] = value_states
-        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
-        return self.keys, self.values
+        keys[lines, :, start:end] = key_states
+        values[lines, :, start:end] = value_states
+        return keys[lines, :, :end], values[lines, :, :end]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows only."""
-        length = self.get_seq_length()
-        self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+        assert self.memory is not None
+        keys, values = self.memory
+        self.memory = keys[indices], values[indices]
 
 
 def _read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer for one row of token ids."""
-    cache = _reserved(model, [], 1, len(ids))
-    model(
-        input_ids=torch.tensor([list(ids)], device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    cache = _cache(model, _Window(1, len(ids)), [])
+    row = torch.tensor([list(ids)], device=model.device)
+    model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [layer.memory for layer in cache.layers]
 
 
-def _reserved(model: PreTrainedModel, prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int, room: int) -> Cache:
-    """A cache with room for so many columns, whose rows all begin with the prefix."""
-    layers = [_ReservedLayer(room) for _ in range(model.config.get_text_config().num_hidden_layers)]
+def _cache(model: PreTrainedModel, window: _Window, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> Cache:
+    """Memory for the window's lines and columns, in every line of which the prefix already stands."""
+    layers = [_Layer(window) for _ in range(model.config.get_text_config().num_hidden_layers)]
     for layer, (keys, values) in zip(layers, prefix, strict=False):
-        layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        layer.update(keys.expand(window.n_lines, -1, -1, -1), values.expand(window.n_lines, -1, -1, -1))
     return Cache(layers=layers)

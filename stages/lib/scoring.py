@@ -35,29 +35,29 @@ def answer_likelihoods(
 
 @torch.inference_mode()
 def after(read: reading.Read, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
-    """Score one answer per row of a batch of prompts that were read; the batch is left as it was.
+    """Score one answer per line of a batch of prompts that were read; the batch stays ready to be continued.
 
     Answers are padded on the right: attention looks back only, so no answer token sees padding. Log-softmax is taken
     in float32 and summed on the CPU row by row.
     """
-    width = max(len(answer) for answer in answers) - 1  # the last token of an answer predicts nothing scored
-    logits = read.logits[:, None]  # (B, 1, V)
-    if width:
-        device = read.mask.device
-        inputs = [[*answer[:-1], *[reading.PAD] * (width - len(answer) + 1)] for answer in answers]
-        steps = torch.arange(width, device=device)
-        output = read.model(
-            input_ids=torch.tensor(inputs, device=device),
-            attention_mask=torch.cat([read.mask, read.mask.new_ones(len(answers), width)], dim=1),
-            position_ids=read.next_positions()[:, None] + steps,
-            past_key_values=read.cache,
-            use_cache=True,
-        )
-        read.forget(width)
-        logits = torch.cat([logits, output.logits], dim=1)  # (B, 1 + width, V)
     found = []
-    for answer, row_logits in zip(answers, logits, strict=True):
-        target = torch.tensor(answer, device=row_logits.device)
-        nll = torch.nn.functional.cross_entropy(row_logits[: len(answer)].float(), target, reduction="none")
-        found.append(Likelihood(float(nll.double().sum().cpu()), len(answer)))
+    for lines in read.passes():
+        written = answers[lines]
+        logits = read.logits[lines, None]  # (b, 1, V), for the first token of each answer
+        width = max(len(answer) for answer in written) - 1  # the last token of an answer predicts nothing scored
+        if width:
+            device = read.mask.device
+            inputs = [[*answer[:-1], *[reading.PAD] * (width - len(answer) + 1)] for answer in written]
+            mask = torch.cat([read.mask[lines], read.mask.new_ones(len(written), width)], dim=1)
+            spots = read.next_positions()[lines, None] + torch.arange(width, device=device)
+            rest = read.forward(lines, torch.tensor(inputs, device=device), mask, spots, keep=width)
+            logits = torch.cat([logits, rest], dim=1)  # (b, 1 + width, V)
+        found += [_likelihood(answer, line_logits) for answer, line_logits in zip(written, logits, strict=True)]
     return found
+
+
+def _likelihood(answer: Sequence[int], logits: torch.Tensor) -> Likelihood:
+    """logits: (at least A, V), row t for answer[t]."""
+    target = torch.tensor(answer, device=logits.device)
+    nll = torch.nn.functional.cross_entropy(logits[: len(answer)].float(), target, reduction="none")
+    return Likelihood(float(nll.double().sum().cpu()), len(answer))

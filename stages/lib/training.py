@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from stages.lib import generation, numerics, packing, qlora, tracking
+from stages.lib import generation, models, numerics, packing, qlora, tracking
 from stages.lib.chat import IGNORED
 from stages.lib.errors import GateError
 from stages.lib.schema.train import Train
@@ -31,7 +31,7 @@ WARM_UP_STEPS = 2
 class Trained:
     """What a training leaves beside the model, which holds the best checkpoint when it ends."""
 
-    curve: list[dict[str, float]] = field(default_factory=list)  # one line an optimizer step, and step 0
+    curve: list[dict[str, float]] = field(default_factory=list)  # one line an optimizer step
     samples: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
@@ -129,6 +129,7 @@ class PackedTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.validation = validation
         self.tokens_seen = self.labels_seen = 0
+        self.compute_dtype = getattr(torch, resolved.compute_dtype)
         self.start_tolerance = START_TOLERANCE[resolved.compute_dtype]
         # SFTTrainer casts the adapter of a 4-bit base to bfloat16; here it gets numerics.adapter_dtype.
         self.drawn = {name: values.to(getattr(torch, resolved.adapter_dtype)) for name, values in drawn.items()}
@@ -312,13 +313,14 @@ class Watch(TrainerCallback):
             return
         tokenizer, model = self.prompting.tokenizer, self.trainer.model
         model.eval()
-        answers = generation.greedy(
-            model,
-            [row.prompt for row in rows],
-            stop_ids=self.prompting.stop_ids,
-            max_new_tokens=self.prompting.max_tokens,
-            batch_size=len(rows),
-        )
+        with models.unpacked(model, self.trainer.compute_dtype):
+            answers = generation.greedy(
+                model,
+                [row.prompt for row in rows],
+                stop_ids=self.prompting.stop_ids,
+                max_new_tokens=self.prompting.max_tokens,
+                batch_size=len(rows),
+            )
         model.train()
         for row, answer in zip(rows, answers, strict=True):
             texts = {"prompt": row.prompt, "answer": answer.ids, "reference": row.answer}

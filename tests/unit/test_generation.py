@@ -33,6 +33,12 @@ def answers() -> list[list[int]]:
     return [torch.randint(20, 300, (length,)).tolist() for length in (1, 4, 9, 2, 3, 1, 6, 5)]
 
 
+@pytest.fixture(params=[16, 3], autouse=True)
+def lines_per_pass(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch read and scored in one pass, and in several."""
+    monkeypatch.setattr(reading, "LINES_PER_PASS", request.param)
+
+
 @torch.inference_mode()
 def plain_continuation(model, prompt: list[int], n: int) -> list[int]:
     """Greedy decoding without cache, padding or batch."""

@@ -22,6 +22,16 @@ PLAIN = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32,
 IDS = torch.arange(3, 40)[None]
 
 
+def test_unpacked_weights_give_the_same_bits_and_are_let_go(adapter: Path, tiny_model_dir: Path) -> None:
+    model = models.load_tuned(tiny_model_dir, adapter, NF4)
+    before = logits(model)
+    layer = next(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+    with models.unpacked(model, torch.float32):
+        assert models.dequantized(layer, torch.float32) is models.dequantized(layer, torch.float32)
+        assert torch.equal(logits(model), before)
+    assert models.dequantized(layer, torch.float32) is not models.dequantized(layer, torch.float32)
+
+
 def test_vector_functions_are_set_up_before_weights_are_read(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

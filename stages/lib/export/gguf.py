@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_TO_TRANSFORMERS_MAPPING,
     TENSOR_PROCESSORS,
@@ -147,9 +148,10 @@ def load(reader: GGUFReader, merged: Path, n: Numerics) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(merged, local_files_only=True)
     architecture = reader.fields["general.architecture"].contents()
     _check_description(reader, architecture, config)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, resolved.compute_dtype), attn_implementation="sdpa"
-    )
+    with no_init_weights():  # all of them are in the file
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, resolved.compute_dtype), attn_implementation="sdpa"
+        )
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     names = _names(model, processor)
     weights: dict[str, torch.Tensor] = {}
