@@ -58,6 +58,7 @@ def main(p: Params) -> None:
             evaluated=files.read_json(Path("metrics/evaluate.json")),
             merged=files.read_json(Path("metrics/merge.json")),
             formats=found.table,
+            exported=found.metrics,
             gguf=recommended,
             stops=stops,
             has_modelfile=pieces is not None,

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.lib.errors import ConfigError
 from stages.lib.schema.numerics import Determinism, Device, Numerics
 
 
@@ -59,12 +60,19 @@ def resolve(numerics: Numerics) -> Resolved:
 
     CPU: float32 for both; bfloat16 without AMX is slower there. CUDA: bfloat16 compute where the card has it, float32
     adapters, since LoRA updates below bfloat16's 8 bits of precision would be lost.
+
+    Raises: ConfigError, when a GPU is configured and torch sees none.
     """
     import torch
 
     device = str(numerics.device)
     if numerics.device is Device.auto:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"numerics.device: found cuda, but torch {torch.__version__} sees no GPU here. Expected auto or cpu, or a "
+            "GPU and the environment that `make env` installs beside one."
+        )
     has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported()
     compute, adapter = str(numerics.compute_dtype), str(numerics.adapter_dtype)
     reason = f"device={device} ({'found' if numerics.device is Device.auto else 'configured'})"

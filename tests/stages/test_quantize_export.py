@@ -1,6 +1,7 @@
 """quantize_export: every format is loaded again and measured; one that is not the trained model stops the stage."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,8 @@ def test_the_card_has_metadata_results_and_limits(exported: Path) -> None:
     assert "dequantized from Q4_1" in card.text
     for form in FORMATS:
         assert f"| {form} |" in card.text
+    (q8_0,) = (line for line in card.text.splitlines() if line.startswith("| gguf_q8_0 |"))
+    assert re.search(r"\| parameters, field F1: [+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", q8_0)
 
 
 def test_a_format_further_than_its_limit_breaks_the_gate_and_leaves_nothing(inside: Path) -> None:
@@ -267,6 +270,10 @@ def test_answers_that_do_not_stop_where_the_tuned_model_did_break_the_gate(expor
     stopping = {row["id"]: row | {"stops": 1.0} for row in predictions}
     with pytest.raises(GateError, match=r"gguf_q8_0: ends 0% of the answers .* at least 90%"):
         measuring.measure([file], asked, model, ROWS, stopping, p=p.export, e=p.evaluate, n=NUMERICS)
+    rambling = {row["id"]: row | {"stops": 0.0} for row in predictions}
+    found = measuring.measure([file], asked, model, ROWS, rambling, p=p.export, e=p.evaluate, n=NUMERICS)
+    assert "export/gguf_q8_0/llama_cpp/stopped" in found.metrics
+    assert "export/gguf_q8_0/stopped_as_tuned" not in found.metrics  # nothing to compare with is no evidence
 
 
 def test_a_missing_converter_is_one_message_and_nothing_half_written(

@@ -37,6 +37,7 @@ def write(
     evaluated: Mapping[str, float],
     merged: Mapping[str, float],
     formats: Sequence[Mapping[str, Any]],
+    exported: Mapping[str, float],
     gguf: str | None,
     stops: Sequence[str],
     has_modelfile: bool,
@@ -44,7 +45,8 @@ def write(
     """Write README.md with the hub's metadata block.
 
     Args: source: models/base/source.json. adapter: adapter_config.json. evaluated, merged: metrics of those stages.
-        formats: rows of plots/formats.csv. gguf: the file recommended for llama.cpp. stops: texts of the stop tokens.
+        formats: rows of plots/formats.csv. exported: metrics of quantize_export. gguf: the file recommended for
+        llama.cpp. stops: texts of the stop tokens.
     """
     head = ModelCardData(
         base_model=base.id,
@@ -61,7 +63,7 @@ def write(
         " Near-duplicates are removed, and no row or group of test is in train.",
         _method(source, adapter, merged),
         _results(evaluated),
-        _formats(formats),
+        _formats(formats, exported),
         _limits(source),
         _usage(name, gguf, stops, has_modelfile),
         f"## Licence\n\nThe weights derive from {base.id}, licensed {base.license} ({base.license_url}). "
@@ -116,22 +118,38 @@ def _results(evaluated: Mapping[str, float]) -> str:
 _ARMS = ("base", "fewshot", "tuned")
 
 
-def _formats(formats: Sequence[Mapping[str, Any]]) -> str:
+def _formats(formats: Sequence[Mapping[str, Any]], exported: Mapping[str, float]) -> str:
+    """One row for each format; the last column from `export/<format>/task/<task>/<measure>/{delta,low,high}`."""
     lines = [
         "## Formats",
         "",
         "Each file was loaded again through transformers (GGUF dequantized) and compared with the merged model on "
-        "held-out conversations.",
+        "held-out conversations. The task score is that of answers written by llama.cpp itself, minus the tuned "
+        "model's on the same rows, with its paired bootstrap interval.",
         "",
-        "| format | MiB | bits per weight | mean KL, nats | 99th percentile KL | same top-1 | perplexity ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| format | MiB | bits per weight | mean KL, nats | 99th percentile KL | same top-1 | perplexity ratio "
+        "| task score, minus tuned |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in formats:
         lines.append(
             f"| {row['format']} | {row['mib']:.1f} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.2g} | "
-            f"{row['kl_p99']:.2g} | {row['top1']:.1%} | {row['perplexity_ratio']:.4f} |"
+            f"{row['kl_p99']:.2g} | {row['top1']:.1%} | {row['perplexity_ratio']:.4f} | "
+            f"{_task_scores(exported, row['format'])} |"
         )
     return "\n".join(lines)
+
+
+def _task_scores(exported: Mapping[str, float], form: str) -> str:
+    prefix = f"export/{form}/task/"
+    stems = sorted(key.removesuffix("/delta") for key in exported if key.startswith(prefix) and key.endswith("/delta"))
+    shown = []
+    for stem in stems:
+        *task, measure = stem.removeprefix(prefix).split("/")
+        low, high = exported[f"{stem}/low"], exported[f"{stem}/high"]
+        label = MEASURES[measure] if measure in MEASURES else measure
+        shown.append(f"{'/'.join(task)}, {label}: {exported[f'{stem}/delta']:+.3f} ({low:+.3f} to {high:+.3f})")
+    return "; ".join(shown)
 
 
 def _limits(source: Mapping[str, Any]) -> str:

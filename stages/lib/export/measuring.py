@@ -137,7 +137,7 @@ def measure(
         f"{form}: ends {found.metrics[f'export/{form}/stopped_as_tuned']:.0%} of the answers that the tuned model ends "
         f"by itself, at least {p.min_stopped:.0%}"
         for form in asked
-        if not found.metrics[f"export/{form}/stopped_as_tuned"] >= p.min_stopped
+        if not found.metrics.get(f"export/{form}/stopped_as_tuned", 1.0) >= p.min_stopped
     ]
     if faults:
         raise GateError(
@@ -190,8 +190,11 @@ def _in_llama_cpp(
         f"export/{form}/llama_cpp/logprob_gap/mean": sum(gaps) / len(gaps) if gaps else 0.0,
         f"export/{form}/llama_cpp/answers": len(answered),
         f"export/{form}/llama_cpp/stopped": sum(stopped for *_, stopped in answered) / len(answered),
-        f"export/{form}/stopped_as_tuned": sum(ended) / len(ended) if ended else 1.0,
     }
+    if ended:
+        metrics[f"export/{form}/stopped_as_tuned"] = sum(ended) / len(ended)
+    else:
+        print(f"{form}: the tuned model ended none of {len(answered)} answers: whether this file stops cannot be told.")
     if form not in p.answers:
         return metrics
     scores = task_score.differences(
