@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long lint ui plots sync params deps pin export clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -21,6 +21,9 @@ test: env  ## lint-free, offline, CPU-only tests; minutes
 
 test-long: env  ## the tests marked slow; up to an hour
 	pytest -q -m slow
+
+test-gpu: env  ## the tests that need a CUDA device
+	pytest -q -m gpu
 
 lint: env  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy stages commands

@@ -1,5 +1,6 @@
 """Stage qlora_train, on a tiny random model: what it writes, and that it writes the same again."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_the_dtypes_are_resolved_and_recorded(prepared: Path) -> None:
     recorded = files.read_json(Path("models/adapter/trained.json"))
     assert recorded["compute_dtype"] == recorded["adapter_dtype"] == numerics.resolve(NF4).compute_dtype == "float32"
     assert recorded["modules"] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.gpu
+def test_it_trains_on_a_gpu_by_the_same_command(prepared: Path) -> None:
+    on_gpu = dataclasses.replace(NF4, device=Device.cuda)
+    qlora_train.main(dataclasses.replace(params(), numerics=on_gpu))
+    found = files.read_json(Path("metrics/qlora_train.json"))
+    assert found["train/loss/last"] < found["train/loss/first"]
+    recorded = files.read_json(Path("models/adapter/trained.json"))
+    assert recorded["adapter_dtype"] == "float32"
+    assert recorded["compute_dtype"] == numerics.resolve(on_gpu).compute_dtype
+    assert models.load_tuned(Path("models/base"), Path("models/adapter"), on_gpu).device.type == "cuda"
