@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from commands.params import PARAMS, composed
+from commands.params import FAULTS, PARAMS, composed
 from stages.lib.config import flat
 
 
@@ -21,8 +21,13 @@ def differences(found: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
+    try:
+        defaults = composed()
+    except FAULTS as fault:
+        print(f"differences: conf/ does not compose: {fault}", file=sys.stderr)
+        return 2
     found: Any = OmegaConf.to_container(OmegaConf.load(PARAMS))
-    if lines := differences(found, composed()):
+    if lines := differences(found, defaults):
         print(f"{PARAMS} is not the composed defaults; `make params` writes those. It runs with:")
         print("\n".join(f"  {line}" for line in lines))
     return 0

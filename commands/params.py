@@ -3,25 +3,29 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dvc.utils.hydra import compose_and_dump
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 PARAMS = Path("params.yaml")
+FAULTS = (HydraException, OmegaConfBaseException, YAMLError)
+"""How composition refuses what stands in conf/."""
 
 
 def composed(overrides: Sequence[str] = (), folder: Path = Path("conf")) -> dict[str, Any]:
     """The configuration DVC would write, by DVC's own function, as nested dictionaries.
 
-    Raises: HydraException or OmegaConfBaseException, as `dvc exp run` reports them.
+    Raises: one of FAULTS, as `dvc exp run` reports them.
     """
-    scratch = Path(".dvc/tmp/composed.yaml")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    write(scratch, overrides, folder)
-    values: Any = OmegaConf.to_container(OmegaConf.load(scratch))
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / PARAMS.name
+        write(path, overrides, folder)
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
     return dict(values)
 
 
@@ -33,7 +37,7 @@ def write(path: Path, overrides: Sequence[str] = (), folder: Path = Path("conf")
 def main() -> int:
     try:
         write(PARAMS, sys.argv[1:])
-    except (HydraException, OmegaConfBaseException) as fault:
+    except FAULTS as fault:
         print(f"params: conf/ does not compose: {fault}", file=sys.stderr)
         return 2
     print(f"params: {PARAMS} holds the composed defaults; commit it with conf/")

@@ -4,13 +4,15 @@ Hydra imports this folder by itself (a namespace package: no __init__.py) when t
 schema first in the defaults list, an unknown key or a wrong type fails before any output is touched.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from stages.lib import environment, inputs
+from stages.lib.errors import ConfigError
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Data, Source
 from stages.lib.schema.dedup import Dedup
@@ -47,13 +49,30 @@ class Config:
     checked: str
 
 
+def unknown(found: Mapping[Any, Any], schema: Any, prefix: str = "") -> list[str]:
+    """One line for each key of a section, and of those inside it, that its dataclass does not have."""
+    known = {field.name: field.type for field in fields(schema)}
+    lines = [
+        f"{prefix}{key}: found {found[key]!r}, expected no such key; there are {', '.join(sorted(known))}"
+        for key in found
+        if key not in known
+    ]
+    for key, kind in known.items():
+        if is_dataclass(kind) and key in found:
+            lines += unknown(found[key], kind, f"{prefix}{key}.")
+    return lines
+
+
 def check(*, _root_: DictConfig) -> str:
     """Build every section's dataclass, which checks its own ranges; DVC resolves this while it composes.
 
+    A key that `-S +lora.new=1` appends has passed Hydra's own check; it is refused here, else nothing would read it.
     The user's file is looked for as well: DVC itself would only say "No such file", after the outputs are gone.
 
     Raises: errors.ConfigError, naming the keys.
     """
+    if lines := unknown(_root_, Config):
+        raise ConfigError("\n".join(lines))
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
     built: Any = OmegaConf.to_object(sections)
     if built["data"].source is Source.local:

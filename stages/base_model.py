@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib import files, stage, tracking
+from stages.lib.errors import ConfigError
 from stages.lib.schema.base_model import BaseModel, Source
 from stages.lib.schema.prompt import Prompt
 
@@ -26,6 +27,8 @@ def main(p: Params) -> None:
         origin = fetch(p.base_model, folder)
         origin["chat_template"] = model_folder.settle_chat_template(folder, p.prompt.template)
         facts = model_folder.check(folder)
+        if origin["chat_template"] != "model":
+            check_template(folder, p.prompt.template)
         model_folder.write_source(folder, origin)
     tracking.report(
         "base_model",
@@ -34,6 +37,31 @@ def main(p: Params) -> None:
             "model/weight_bytes": facts.weight_bytes,
             "model/vocabulary": facts.vocabulary,
         },
+    )
+
+
+def check_template(folder: Path, template: str) -> None:
+    """Render a short chat with the configured chat template, as the stages after this one will.
+
+    Raises: ConfigError, when the template fails, or writes the chat without its words.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    try:
+        tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as fault:  # a template fails by whatever error it likes
+        raise _unusable(template, f"rendering it fails ({type(fault).__name__}: {fault})") from fault
+    if "ping" not in text or "pong" not in text:
+        raise _unusable(template, f"it writes {text!r} for a chat of the turns ping and pong")
+
+
+def _unusable(template: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"prompt.template: found {template!r}; {found}, expected the text of a question and its answer. "
+        "Correct the file, or name another."
     )
 
 

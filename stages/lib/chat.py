@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from stages.lib import files
@@ -59,10 +60,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def render(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
-    """The conversation as text, by the chat template, which may add turns of its own (a default system turn)."""
-    text = tokenizer.apply_chat_template(
-        [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    """The conversation as text, by the chat template, which may add turns of its own (a default system turn).
+
+    Raises: UnusableConversation, with reason `template`, when the template refuses it (Gemma's: a system turn).
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as fault:
+        raise UnusableConversation("template", f"the chat template refuses it: {fault}") from fault
     assert isinstance(text, str)
     return text
 

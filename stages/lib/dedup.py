@@ -215,12 +215,13 @@ def similar_across(
 
     Two sets that similar share a shingle among the rarest |set| - ceil(threshold * |set|) + 1 of each, so only pairs
     that meet there are compared (prefix filtering, Bayardo et al. 2007, "Scaling up all pairs similarity search").
+    0.55 * 100 is a little above 55 in floating point: without the 1e-9 the prefix would be one shingle short.
     """
     frequency = Counter(gram for grams in (*left.values(), *right.values()) for gram in grams)
 
     def prefix(grams: Shingles) -> list[int]:
         rarest = sorted(grams, key=lambda gram: (frequency[gram], gram))
-        return rarest[: len(grams) - math.ceil(threshold * len(grams)) + 1]
+        return rarest[: len(grams) - math.ceil(threshold * len(grams) - 1e-9) + 1]
 
     holding: dict[int, list[str]] = defaultdict(list)
     for id, grams in right.items():

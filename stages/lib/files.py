@@ -19,6 +19,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     with replacing(Path("data/splits")) as new:   # new = data/splits.partial, an absent path
         new.mkdir(); ...                          # an exception removes it, data/splits stays as it was
+
+    A file is replaced in one step, a folder in two.
     """
     new = path.with_name(path.name + ".partial")
     _remove(new)
@@ -27,9 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new
         old = path.with_name(path.name + ".old")
         _remove(old)
-        if path.exists():
+        if new.is_dir() and path.exists():
             path.rename(old)
-        new.rename(path)
+        new.replace(path)
         _remove(old)
     finally:
         _remove(new)
@@ -56,8 +58,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, in the order given; the bytes depend on rows and schema alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
+    with replacing(path) as new:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
 
 
 def read_json(path: Path) -> Any:
@@ -66,14 +68,13 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Sorted keys, one final newline. NaN and infinity are refused: no reader agrees on them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with replacing(path) as new:
+        new.write_text(text + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as new, new.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -86,8 +87,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Columns as in the first row; a row with other columns is an error of ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

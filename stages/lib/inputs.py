@@ -19,7 +19,7 @@ def check_visible(path: str, repository: Path) -> None:
             f"data.path: found {path!r}, which does not exist{_pulled(file)}. Expected your own file; a relative path "
             "starts at the repository: -S data.path=data/raw/my.jsonl"
         )
-    if not Path(path).is_absolute() and not any(_is_tracked(Path(name), repository) for name in (path, f"{path}.dvc")):
+    if not Path(path).is_absolute() and not _is_tracked(Path(path), repository):
         raise ConfigError(
             f"data.path: found {path!r}, which neither git nor DVC tracks: a queued experiment would not find it, nor "
             f"could anybody repeat the run. Type `dvc add {path} && git add {path}.dvc`, or name it by its whole path, "
@@ -32,6 +32,7 @@ def _pulled(file: Path) -> str:
 
 
 def _is_tracked(path: Path, repository: Path) -> bool:
-    """Whether git has the path in its index; a file that was just added counts."""
-    command = ["git", "ls-files", "--error-unmatch", "--", str(path)]
-    return subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 0
+    """Whether git has in its index the file, or the .dvc file of it or of a folder above; one just added counts."""
+    names = [str(path), *(f"{part}.dvc" for part in (path, *path.parents))]
+    command = ["git", "--literal-pathspecs", "ls-files", "--", *names]
+    return bool(subprocess.run(command, cwd=repository, capture_output=True, check=False).stdout)

@@ -293,6 +293,32 @@ def test_a_configured_template_that_cannot_be_used_names_the_key(
         model_folder.settle_chat_template(folder, str(tmp_path / "own.jinja"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{{ raise_exception('no chats here') }}", r"rendering it fails \(TemplateError: no chats here\)"),
+        ("{{ messages[0]['content'] + 1 }}", r"rendering it fails \(TypeError: .*"),
+        ("{% for turn in conversation %}{{ turn }}{% endfor %}", "it writes '' for a chat"),
+    ],
+)
+def test_a_configured_template_that_parses_but_cannot_write_a_chat_ends_the_stage(
+    in_tmp: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
+) -> None:
+    def fetch(model: BaseModel, folder: Path) -> dict[str, Any]:
+        without_template(folder, tiny_model_dir)
+        return {}
+
+    monkeypatch.setattr(base_model, "fetch", fetch)
+    (in_tmp / "own.jinja").write_text(content)
+    params = base_model.Params(base_model=of_the_hub(), prompt=Prompt(template="own.jinja"))
+    with pytest.raises(ConfigError, match=rf"prompt\.template: found 'own\.jinja'; {message}"):
+        base_model.main(params)
+    assert list((in_tmp / "models").iterdir()) == []
+    (in_tmp / "own.jinja").write_text(Path(CHATML).read_text())
+    base_model.main(params)
+    assert (in_tmp / "models/base/chat_template.jinja").is_file()
+
+
 def cut_short(folder: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])

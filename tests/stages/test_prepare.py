@@ -12,7 +12,6 @@ from stages import prepare
 from stages.lib import files
 from stages.lib.errors import ConfigError, DataError
 from stages.lib.schema.data import Data, Format, Source
-from tests.conftest import ROOT
 from tests.hub_stub import COMMIT, serving
 
 PAIR = {"prompt": "2+2?", "completion": "4"}
@@ -125,12 +124,6 @@ def test_the_documentation_of_an_installed_package_gives_rows_of_both_tasks(in_t
         isinstance(json.loads(row["messages"][1]["content"]), dict) for row in rows if row["task"] == "parameters"
     )
     assert metrics["rows/in"] == len(rows) + len(rejected)
-
-
-@pytest.mark.parametrize("name", ["prepare", "dedup_split"])
-def test_a_stage_that_needs_no_torch_does_not_import_it(name: str) -> None:
-    code = f"import sys, stages.{name}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_run_as_a_stage_a_bad_file_ends_with_one_message_and_no_traceback(repo: Path) -> None:

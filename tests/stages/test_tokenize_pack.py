@@ -1,8 +1,5 @@
 """Stage tokenize_pack, on a throwaway tokenizer."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from stages import tokenize_pack
@@ -37,13 +34,3 @@ def test_it_packs_both_splits_reports_where_tokens_went_and_does_so_again(in_tmp
     assert counts["train/tokens/trained"] == sum(packing.trained_tokens(pack.labels) for pack in packs)
     tokenize_pack.main(PARAMS)
     assert {path: files.sha256(path) for path in digests} == digests
-
-
-def test_it_needs_no_torch(in_tmp: Path, tiny_model_dir: Path) -> None:
-    write_splits(tiny_model_dir)
-    check = (
-        "import sys; from stages import tokenize_pack as stage; from stages.lib.schema.pack import *;"
-        "stage.main(stage.Params(Pack(128, OnOverlong.drop))); sys.exit('torch' in sys.modules)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    assert subprocess.run([sys.executable, "-c", check], check=False, env=environment).returncode == 0

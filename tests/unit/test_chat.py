@@ -82,6 +82,16 @@ def test_a_template_that_rewrites_earlier_turns_is_noticed(tiny_model_dir: Path)
     assert fault.value.reason == "template"
 
 
+def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    with pytest.raises(chat.UnusableConversation, match="the chat template refuses it: no system role") as fault:
+        chat.encode(tokenizer, [{"role": "system", "content": "be brief"}, *TWO_TURNS])
+    assert fault.value.reason == "template"
+    assert chat.encode(tokenizer, TWO_TURNS)
+
+
 def test_a_template_that_ends_no_turn_is_noticed(tiny_model_dir: Path) -> None:
     tokenizer = chat.load_tokenizer(tiny_model_dir)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from commands.params import FAULTS, composed
 from stages.lib import config
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import Lora
+from tests.conftest import ROOT
 
 
 @dataclass
@@ -59,3 +61,16 @@ def test_a_missing_file_says_what_to_type(tmp_path: Path) -> None:
 def test_all_faults_of_a_section_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora\.r: .*\n.*lora\.dropout: "):
         load(tmp_path, GOOD.replace("r: 8", "r: -1").replace("dropout: 0.0", "dropout: 2.0"))
+
+
+def test_appended_keys_that_no_section_has_are_refused_together_while_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    top = r"foo: found 1, expected no such key; there are base_model, checked, data, .*"
+    inside = r"lora\.new: found 2, expected no such key; there are alpha, dropout, r, target_modules"
+    with pytest.raises(FAULTS, match=f"{top}\n{inside}"):
+        composed(["+foo=1", "+lora.new=2"])
+
+
+def test_keys_that_a_table_leaves_to_the_user_may_be_appended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert composed(["+data.columns.prompt=question"])["data"]["columns"] == {"prompt": "question"}

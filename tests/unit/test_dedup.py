@@ -107,3 +107,11 @@ def test_the_exact_join_finds_what_comparing_every_pair_finds() -> None:
         every = {(a, b) for a in left for b in right if dedup.jaccard(left[a], right[b]) >= threshold}
         assert {(a, b) for a, b, _ in dedup.similar_across(left, right, threshold)} == every
         assert every
+
+
+def test_the_exact_join_finds_a_pair_exactly_at_the_threshold() -> None:
+    left = {str(size): frozenset(range(size)) for size in range(1, 201)}
+    right = {str(size): frozenset(range(size)) for size in range(1, 201)}
+    every = {(a, b) for a in left for b in right if dedup.jaccard(left[a], right[b]) >= 0.55}
+    assert {(a, b) for a, b, _ in dedup.similar_across(left, right, 0.55)} == every
+    assert ("100", "55") in every

@@ -1,7 +1,12 @@
 """Files: equal bytes for equal content, nothing half-written left in place."""
 
+import random
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from stages.lib import files, records
@@ -34,6 +39,39 @@ def test_a_fault_while_writing_leaves_the_old_folder_and_no_other(tmp_path: Path
         write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, text: files.write_rows(path, [{"text": text}], pa.schema([("text", pa.string())])),
+        lambda path, text: files.write_json(path, {"text": text}),
+        lambda path, text: files.write_jsonl(path, [{"text": text}]),
+        lambda path, text: files.write_csv(path, [{"text": text}]),
+    ],
+    ids=["rows", "json", "jsonl", "csv"],
+)
+def test_a_file_that_does_not_fit_on_the_disk_leaves_the_old_one_and_no_other(
+    tmp_path: Path, write: Callable[[Path, str], None]
+) -> None:
+    path = tmp_path / "out"
+    write(path, "old")
+    before = path.read_bytes()
+    with files_of_at_most(100_000), pytest.raises(OSError, match="too large"):
+        write(path, random.Random(0).randbytes(300_000).hex())  # cannot be compressed to fit
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:

@@ -39,5 +39,15 @@ def test_a_file_that_git_has_or_dvc_has_is_found_everywhere(repository: Path, ad
     inputs.check_visible("my.jsonl", repository)
 
 
+def test_a_file_of_a_folder_that_dvc_has_is_found_everywhere(repository: Path) -> None:
+    (repository / "data/raw").mkdir(parents=True)
+    (repository / "data/raw/my.jsonl").write_text("{}")
+    (repository / "data/raw.dvc").write_text("outs: []")
+    with pytest.raises(ConfigError, match="neither git nor DVC tracks"):
+        inputs.check_visible("data/raw/my.jsonl", repository)
+    subprocess.run(["git", "add", "data/raw.dvc"], cwd=repository, check=True)
+    inputs.check_visible("data/raw/my.jsonl", repository)
+
+
 def test_a_whole_path_is_found_everywhere(repository: Path) -> None:
     inputs.check_visible(str(repository / "my.jsonl"), repository)

@@ -1,10 +1,14 @@
 """Which command line installs the environment, on the four kinds of machine."""
 
+import os
+import platform
+import sys
 from pathlib import Path
 
 import pytest
 
-from commands.install import has_cpu_build, torch_options, uv_install
+from commands.install import has_cpu_build, torch_options, uv_install, variables
+from tests.conftest import run
 
 
 @pytest.mark.parametrize(
@@ -25,12 +29,47 @@ def test_torch_comes_without_cuda_exactly_where_there_is_no_gpu(
     assert command[-6:] == ["--constraints", "requirements.lock", "--requirements", "pyproject.toml", "--extra", "dev"]
 
 
-def test_links_without_a_cpu_build_of_torch_are_not_relied_on(tmp_path: Path) -> None:
-    (tmp_path / "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
+def cpu_wheel(version: str = "2.13.0", python: str = "", machine: str = "") -> str:
+    python = python or f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return f"torch-{version}+cpu-{python}-{python}-manylinux_2_28_{machine or platform.machine()}.whl"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        cpu_wheel().replace("+cpu", ""),
+        cpu_wheel(version="2.12.0"),
+        cpu_wheel(python="cp27"),
+        cpu_wheel(machine="sparc"),
+    ],
+)
+def test_links_without_a_cpu_build_of_the_locked_torch_for_this_python_are_not_relied_on(
+    tmp_path: Path, other: str
+) -> None:
+    (tmp_path / other).touch()
     assert not has_cpu_build([str(tmp_path)])
     assert torch_options(has_gpu=False, links=[str(tmp_path)], has_cpu_build=False) == ["--torch-backend", "cpu"]
-    (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
+    (tmp_path / cpu_wheel()).touch()
     assert has_cpu_build([f"file://{tmp_path}"])
+
+
+def test_on_a_gpu_uv_does_not_see_wheels_among_which_a_cpu_build_would_win() -> None:
+    environ = {"UV_FIND_LINKS": "wheels", "UV_INDEX_URL": "registry"}
+    assert variables(environ, has_gpu=True) == {"UV_INDEX_URL": "registry"}
+    assert variables(environ, has_gpu=False) == environ
+
+
+def test_a_registry_out_of_reach_is_one_message_and_nothing_counts_as_installed(repo: Path) -> None:
+    (repo / ".venv").mkdir()
+    (repo / ".venv/installed").touch()  # of an earlier lock
+    os.utime(repo / ".venv/installed", (0, 0))
+    nowhere = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    done = run(repo, "make", "env", f"PYTHON={sys.executable}", PIP_FIND_LINKS="", UV_FIND_LINKS="", **nowhere)
+    assert done.returncode != 0
+    assert done.stderr.count("install: the line above ended with status 1") == 1
+    assert "Is the package registry reachable" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (repo / ".venv/installed").exists()
 
 
 def test_the_lock_names_no_local_build_and_no_registry() -> None:

@@ -54,6 +54,21 @@ def test_group_and_task_of_a_row_are_taken_over_and_key_order_changes_nothing(tm
     assert (first["group"], first["task"], first["id"]) == ("7", "sums", second["id"])
 
 
+def test_groups_of_a_number_column_with_gaps_keep_their_numbers(tmp_path: Path) -> None:
+    frame = pd.DataFrame([{**PAIR, "group": group} for group in (3, None, 4)])
+    assert frame["group"].dtype == float
+    frame.to_parquet(tmp_path / "my.parquet")
+    assert [row["group"] for row in read(tmp_path / "my.parquet")[0]] == ["3", "", "4"]
+
+
+@pytest.mark.parametrize(("key", "code"), [("group", "bad_group"), ("task", "bad_task")])
+@pytest.mark.parametrize("value", [3.5, ["a"], {"name": "a"}])
+def test_a_group_or_task_that_is_no_name_is_rejected(tmp_path: Path, key: str, code: str, value: object) -> None:
+    _, (rejected,) = read(lines(tmp_path / "my.jsonl", {**PAIR, key: value}))
+    assert rejected.code == code
+    assert f"{key} is {value!r}, expected text or a whole number" in rejected.reason
+
+
 def test_alpaca_input_and_a_system_text_are_part_of_the_prompt(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "2 2", "output": "4", "system": "Be brief."})
     assert [turn["content"] for turn in read(path)[0][0]["messages"]] == ["Be brief.", "Add.\n\n2 2", "4"]

@@ -63,6 +63,16 @@ def test_rows_in_are_rows_packed_and_rows_dropped_and_so_are_tokens(tiny_model_d
     assert counts["train/packs"] * 64 == parts - counts["train/tokens/dropped"] + counts["train/tokens/unused_room"]
 
 
+def test_a_row_that_the_chat_template_refuses_is_dropped_and_counted(tiny_model_dir: Path) -> None:
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    refusal = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not this one') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    settings = Settings(max_tokens=64, on_overlong=OnOverlong.drop)
+    found = packing.encode_rows(tokenizer, records("3", "no"), settings, split="train")
+    assert [(line["id"], line["reason"]) for line in found.dropped] == [("row1", "template")]
+    assert list(found.kept) == ["row0"]
+
+
 def test_an_overlong_row_ends_the_stage_where_dropping_is_not_allowed(tiny_model_dir: Path) -> None:
     tokenizer = chat.load_tokenizer(tiny_model_dir)
     settings = Settings(max_tokens=8, on_overlong=OnOverlong.error)

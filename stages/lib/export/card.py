@@ -21,7 +21,7 @@ MEASURES = {
 DATASETS = {
     "python_docs": "Documentation of the pinned packages {packages}: the parameters of a function as a JSON object, "
     "and the one-line summary of a function. The text stays under the packages' own BSD licences.",
-    "local": "A file of the user's own, `{path}`.",
+    "local": "A file of the user's own, `{file}`.",
     "hub": "Hugging Face data set `{id}` at revision `{revision}`.",
 }
 
@@ -59,8 +59,7 @@ def write(
         f"---\n{head.to_yaml()}\n---",
         f"# {name}",
         f"A QLoRA fine-tune of [{base.id}]({base.license_url}), merged and exported.",
-        f"## Data\n\n{DATASETS[str(data.source)].format(**vars(data) | {'packages': ', '.join(data.packages)})}"
-        " Near-duplicates are removed, and no row or group of test is in train.",
+        f"## Data\n\n{_dataset(data)} Near-duplicates are removed, and no row or group of test is in train.",
         _method(source, adapter, merged),
         _results(evaluated),
         _formats(formats, exported),
@@ -78,6 +77,12 @@ def license_note(base: BaseModel) -> str:
         f"{base.license_url}\n\nModifications: low-rank adapters were trained and added to the weights, which were "
         "then converted and quantized.\nPass this note and the licence's own text on with any copy.\n"
     )
+
+
+def _dataset(data: Data) -> str:
+    """A card is for others: of the user's own file it names the file, not the folders above it."""
+    facts = vars(data) | {"packages": ", ".join(data.packages), "file": Path(data.path).name}
+    return DATASETS[str(data.source)].format(**facts)
 
 
 def _method(source: Mapping[str, Any], adapter: Mapping[str, Any], merged: Mapping[str, float]) -> str:

@@ -48,9 +48,9 @@ def records_of(
             messages = rows.conversation(messages_of(found, format, columns), max_chars)
             yield records.make(
                 messages,
-                group=_label(found, columns.get("group", "group"), otherwise=""),
+                group=_label(found, columns.get("group", "group"), "bad_group", otherwise=""),
                 source=name,
-                task=_label(found, columns.get("task", "task"), otherwise="chat"),
+                task=_label(found, columns.get("task", "task"), "bad_task", otherwise="chat"),
                 meta={"where": where},
             )
         except Unfit as unfit:
@@ -105,10 +105,21 @@ def _field(row: Mapping[str, Any], key: str) -> Any:
     return row[key]
 
 
-def _label(row: Mapping[str, Any], key: str, *, otherwise: str) -> str:
-    """A name the user gave a row: its group or its task; numbers count as names."""
+def _label(row: Mapping[str, Any], key: str, code: str, *, otherwise: str) -> str:
+    """A name the user gave a row: its group or its task; whole numbers count as names.
+
+    A table turns a column of numbers with gaps into floats: 3.0 is the name 3, NaN is a gap.
+
+    Raises: Unfit with `code`, for a value that is no name; unnamed, such rows would each be a group of their own.
+    """
     value = row.get(key)
-    return str(value) if isinstance(value, (str, int)) and str(value) else otherwise
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value != value or value == "":
+        return otherwise
+    if not isinstance(value, (str, int)):
+        raise Unfit(code, f"{key} is {value!r}, expected text or a whole number. Change the column, or data.columns")
+    return str(value)
 
 
 def parsed(path: Path, name: str) -> Iterator[Found]:
