@@ -32,7 +32,8 @@ Reader = Callable[[str], str | None]
 def main() -> int:
     import mlflow
 
-    uri = tracking.address(None)
+    params = tracking.parameters()
+    uri = tracking.address(params["runtime"]["tracking_uri"])
     try:
         experiment_id = tracking.connect(uri)
     except mlflow.MlflowException as fault:
@@ -41,8 +42,8 @@ def main() -> int:
     names = experiments()
     for name, revision in names.items():
         bring_in(name, at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
-    if has_run(tracking.key(), experiment_id):
-        bring_in(tracking.key(), in_folder, experiment_id, {})
+    if has_run(tracking.key(params), experiment_id):
+        bring_in(tracking.key(params), in_folder, experiment_id, {})
     ended = reconcile(experiment_id)
     print(f"sync: {len(names)} DVC experiments in MLflow; {ended} runs whose process is gone were ended")
     return 0

@@ -29,7 +29,8 @@ stage.run("prepare", main, Params)
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text("stages: {prepare: {cmd: x}}\n")
     (tmp_path / "params.yaml").write_text(
-        "seed: 3\nruntime: {threads: null, log_level: info, tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
+        "seed: 3\ndata: {path: rows.jsonl}\nprompt: {template: chat.jinja}\n"
+        "runtime: {threads: null, log_level: info, tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
     )
     return tmp_path
 
