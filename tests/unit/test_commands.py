@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from commands import sync, ui
+from commands import clean, sync, ui
 from commands.deps import closure
 from commands.differences import differences
 from commands.sync import curve, up_to_date
 from stages.lib import tracking
+from tests.conftest import ROOT
 
 PIPELINE = {"stages": {"split": {}, "train": {}, "merge": {}}}
 
@@ -164,3 +166,52 @@ def test_sync_and_ui_use_the_store_that_the_stages_use(tmp_path: Path, monkeypat
     for command in (sync, ui):
         with pytest.raises(ConnectionError, match="http://chosen:1"):
             command.main()
+
+
+def fake_dvc(folder: Path, monkeypatch: pytest.MonkeyPatch, status: str) -> Path:
+    """Put a `dvc` first on PATH that shows a queue's status and writes down what it was asked; returns that file."""
+    asked = folder / "asked"
+    (folder / "dvc").write_text(f"#!/bin/sh\necho $* >> {asked}\necho '{status}'\n")
+    (folder / "dvc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.chdir(folder)
+    (folder / ".dvc/tmp/exps/tmp1").mkdir(parents=True)
+    return asked
+
+
+def test_clean_touches_nothing_while_a_queued_experiment_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = fake_dvc(tmp_path, monkeypatch, "Task Name Created Status\n1a2b3c4 puny-otter 05:10 AM Running")
+    assert clean.main() == 2
+    assert "found 1 queued experiment" in capsys.readouterr().err
+    assert Path(".dvc/tmp/exps/tmp1").exists()
+    assert asked.read_text() == "queue status\n"
+
+
+def test_clean_frees_the_disk_when_the_queue_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_dvc(tmp_path, monkeypatch, "1a2b3c4 puny-otter 05:10 AM Success\n\nWorker status: 0 active, 0 idle")
+    assert clean.main() == 0
+    assert not Path(".dvc/tmp/exps/tmp1").exists()
+    assert "gc" in asked.read_text()
+
+
+def make_export(*variables: str) -> subprocess.CompletedProcess[str]:
+    """What `make export` would do, without making the environment."""
+    command = ["make", "--dry-run", "--old-file=env", "--old-file=.venv/installed", "export", *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_an_export_runs_under_the_name_of_its_experiment() -> None:
+    assert make_export("EXP=puny-otter").stdout.splitlines()[-2:] == [
+        "dvc exp apply puny-otter",
+        "DVC_EXP_NAME=puny-otter dvc repro",
+    ]
+
+
+def test_an_export_of_nothing_is_refused_in_one_line() -> None:
+    check = make_export().stdout.splitlines()[0]
+    done = subprocess.run(["sh", "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "make export EXP=<name>" in line
