@@ -10,7 +10,7 @@ def main() -> int:
     queue = subprocess.run(["dvc", "queue", "status"], capture_output=True, text=True, check=False)
     if running := [line for line in queue.stdout.splitlines() if line.split()[-1:] == ["Running"]]:
         print(
-            f"clean: .dvc/tmp/exps: found {len(running)} queued experiments that run there, expected none. "
+            f"clean: .dvc/tmp/exps: found queued experiments running there ({len(running)}), expected none. "
             "Wait for them (`dvc queue status`), or end them with `dvc queue stop --kill`.",
             file=sys.stderr,
         )

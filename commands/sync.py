@@ -27,8 +27,6 @@ CURVES = {
 }
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
 
-BATCH = 1000  # as many points as MLflow takes at once
-
 Reader = Callable[[str], str | None]
 """Text of a file of one experiment, by its path in the repository; None where it does not exist."""
 
@@ -139,14 +137,12 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
         chosen = tracking.compared(json.loads(text or "{}"))
         start = run.info.start_time
         metrics += [Metric(key, value, start, 0) for key, value in chosen.items() if key not in run.data.metrics]
-    for start in range(0, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + BATCH])
     tags |= {f"md5.{path}": md5 for path, md5 in hashes.items()}
     if sweep := params.get("sweep", {}).get("id"):
         tags["sweep_id"] = sweep
     if not was_run:
         tags["dvc.cached"] = "true"
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
     if not was_run:
         client.set_terminated(run_id, "FINISHED")
 
