@@ -51,8 +51,9 @@ pin: env  ## resolve base_model.revision: null to a commit, once: make pin MODEL
 	python -m commands.pin $(MODEL)
 
 export: env  ## merge and export the chosen experiment: make export EXP=<name>
+	@test -n "$(EXP)" || { echo "export: found no EXP, expected a name that \`dvc exp list\` shows: make export EXP=<name>" >&2; exit 2; }
 	dvc exp apply $(EXP)
-	dvc repro
+	DVC_EXP_NAME=$(EXP) dvc repro
 
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean

@@ -7,6 +7,14 @@ from pathlib import Path
 
 
 def main() -> int:
+    queue = subprocess.run(["dvc", "queue", "status"], capture_output=True, text=True, check=False)
+    if running := [line for line in queue.stdout.splitlines() if line.split()[-1:] == ["Running"]]:
+        print(
+            f"clean: .dvc/tmp/exps: found queued experiments running there ({len(running)}), expected none. "
+            "Wait for them (`dvc queue status`), or end them with `dvc queue stop --kill`.",
+            file=sys.stderr,
+        )
+        return 2
     for folder in (*Path(".dvc/tmp/exps").glob("tmp*"), Path("dvc_plots")):
         shutil.rmtree(folder, ignore_errors=True)
     command = ["dvc", "gc", "--workspace", "--all-branches", "--all-experiments", "--force"]

@@ -7,7 +7,7 @@ from stages.lib import tracking
 
 
 def main() -> int:
-    uri = tracking.address(None)
+    uri = tracking.address(tracking.parameters()["runtime"]["tracking_uri"])
     experiment_id = tracking.connect(uri)
     port = os.environ.get("PORT", "5000")
     page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs"

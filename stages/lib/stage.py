@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import resource
@@ -15,7 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar, cast
 
-from stages.lib import config, environment, numerics, tracking
+import yaml
+
+from stages.lib import config, environment, files, numerics, tracking
 from stages.lib.errors import PipelineError
 from stages.lib.schema.runtime import Runtime
 from stages.lib.schema.sweep import Sweep
@@ -46,7 +49,7 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
-        with tracking.run(name, outside.runtime.tracking_uri, outside.sweep.id):
+        with tracking.run(name, tracking.parameters(sys.argv[1:])):
             main(p)
             tracking.measured |= {"wall_s": round(time.monotonic() - started, 2), "peak_mib": peak_mib()}
     except PipelineError as fault:
@@ -77,17 +80,44 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def restoration(name: str) -> str:
-    """How to get back the outputs that DVC removed before it started the stage; empty where nothing was lost."""
-    in_user_repository = os.environ.get("DVC_STAGE") == name and environment.root() == Path.cwd()
-    recorded = in_user_repository and subprocess.run(
-        ["git", "show", "HEAD:dvc.lock"], capture_output=True, text=True, check=False
-    )
-    if not recorded or f"\n  {name}:" not in recorded.stdout:
+    """How to get back the outputs that DVC removed before it started the stage; empty where nothing can be had."""
+    if os.environ.get("DVC_STAGE") != name or environment.root() != Path.cwd():
         return ""
-    return (
-        f"DVC removed the outputs of {name} before it started; the last ones are in its cache. "
-        "To get them back: git checkout dvc.lock && dvc checkout"
-    )
+    outs = tracking.paths(yaml.safe_load(Path("dvc.yaml").read_text())["stages"], name, "outs")
+    here = Path("dvc.lock").read_text() if Path("dvc.lock").exists() else ""
+    last = subprocess.run(["git", "show", "HEAD:dvc.lock"], capture_output=True, text=True, check=False).stdout
+    for lock, command in ((here, "dvc checkout"), (last, "git checkout dvc.lock && dvc checkout")):
+        if f"\n  {name}:" in lock:
+            recorded = [out for out in yaml.safe_load(lock)["stages"][name]["outs"] if out["path"] in outs]
+            if not recorded or not all(cached(out["md5"]) for out in recorded):
+                return ""
+            return (
+                f"DVC removed the outputs of {name} before it started; the last ones are in its cache. "
+                f"To get them back: {command} {name}"
+            )
+    return ""
+
+
+def cached(md5: str) -> dict[str, Path]:
+    """Where the files of an output lie in DVC's cache, by their paths in it (`.` for a file); empty if one is missing.
+
+    Args: md5: as dvc.lock has it; a folder's ends with `.dir` and names a JSON list of its files.
+    """
+    cache = _cache(Path.cwd())
+    place = cache / md5[:2] / md5[2:]
+    found = {".": place}
+    if md5.endswith(".dir") and place.exists():
+        members = files.read_json(place)
+        found = {member["relpath"]: cache / member["md5"][:2] / member["md5"][2:] for member in members}
+    return found if all(path.exists() for path in found.values()) else {}
+
+
+@functools.cache
+def _cache(repository: Path) -> Path:
+    """Where DVC keeps files under their hashes: cache.dir of its configuration, or .dvc/cache."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    shown = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False).stdout.strip()
+    return Path(shown, "files/md5")
 
 
 def peak_mib() -> int:

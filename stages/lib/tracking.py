@@ -14,10 +14,12 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from stages.lib import config, environment, files
 
@@ -35,17 +37,22 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
     "adapter/trainable_parameters",
     "test/*/loss/base",
     "test/*/loss/tuned",
-    "test/*/field_f1/*",
+    "test/*/field_f1/base",
+    "test/*/field_f1/fewshot",
+    "test/*/field_f1/tuned",
     "test/*/json_valid/tuned",
     "test/*/exact_match/tuned",
     "test/*/rouge_l/tuned",
     "test/*/chrf/tuned",
     "merge/kl/mean",
     "export/*/kl/mean",
-    "rows/train",
-    "rows/test",
 )
-MAX_COMPARED = 30  # more keys make the comparison view unreadable and slow
+"""Nothing of the stages before training: the first metric a run gets is then val/loss, with which MLflow compares."""
+
+MAX_OF_A_STAGE = 14
+"""With it 9 metrics named in full, 14 of evaluate and 7 export formats are 30, more than which nobody compares."""
+
+UNTRACKED = ("runtime", "sweep", "checked")  # sections of params.yaml that cannot change a result
 
 measured: dict[str, Any] = {}
 """Times, speeds, memory, host of this process: for runs/<key>/<stage>.json and MLflow, never for a DVC output."""
@@ -57,13 +64,28 @@ class Killed(SystemExit):
     """The process was asked to end (SIGTERM)."""
 
 
-def key() -> str:
-    """Which experiment this process works for: DVC's name, or, without one, what determines the result."""
+def parameters(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole of params.yaml with the command line's overrides (`lora.r=8`), as plain values."""
+    with initialize_config_dir(str(Path.cwd()), version_base=None):
+        return cast(dict[str, Any], OmegaConf.to_container(compose("params", overrides=list(overrides))))
+
+
+def key(params: Mapping[str, Any]) -> str:
+    """Which experiment this process works for: DVC's name, or, without one, what determines the result.
+
+    That is the parameters, the code, the environment's lock, the prompt template and the user's data. Of data that DVC
+    tracks its .dvc file is read, which holds the hash.
+    """
     if name := os.environ.get("DVC_EXP_NAME"):
         return name
-    digest = hashlib.sha256(Path("params.yaml").read_bytes())
-    for source in sorted(Path("stages").rglob("*.py")):
-        digest.update(source.read_bytes())
+    tracked = {section: values for section, values in params.items() if section not in UNTRACKED}
+    digest = hashlib.sha256(json.dumps(tracked, sort_keys=True).encode())
+    data = Path(params["data"]["path"])
+    pointer = data.with_name(f"{data.name}.dvc")
+    code = sorted(path for path in Path("stages").rglob("*") if path.suffix in (".py", ".jinja"))
+    others = (Path("requirements.lock"), Path(params["prompt"]["template"]), pointer if pointer.exists() else data)
+    for path in (*code, *others):
+        digest.update(files.sha256(path).encode() if path.is_file() else b"absent")
     return f"repro-{digest.hexdigest()[:8]}"
 
 
@@ -119,46 +141,55 @@ def run_of(name: str, experiment_id: str) -> str:
 
 
 @contextmanager
-def run(stage: str, uri: str | None, sweep_id: str | None) -> Iterator[None]:
-    """Hold the experiment's MLflow run open while a stage works, and leave its true status behind."""
+def run(stage: str, params: Mapping[str, Any]) -> Iterator[None]:
+    """Hold the experiment's MLflow run open while a stage works, and leave its true status behind.
+
+    Args: params: the whole of params.yaml as it holds for this process, see `parameters`.
+    """
     measured.setdefault("host", socket.gethostname())
-    _softly(lambda: _open(stage, address(uri), sweep_id))
+    name = key(params)
+    _softly(lambda: _open(stage, name, params))
     try:
         yield
     except BaseException as fault:
         status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt)) else "FAILED"
         failure = f"{type(fault).__name__}: {fault}"[:5000]
-        _softly(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
+        _try(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
         raise
     _softly(lambda: _log_measured(stage))
-    _softly(lambda: _close("FINISHED", {}))
-    _write_measured(stage)
+    _try(lambda: _close("FINISHED", {}))
+    _write_measured(stage, name)
     if _lost:
         log.warning("MLflow did not get everything (%s). `make sync` brings it in.", _lost[0])
 
 
-def _open(stage: str, uri: str, sweep_id: str | None) -> None:
+def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
     import mlflow
 
-    experiment_id = connect(uri)
+    experiment_id = connect(address(params["runtime"]["tracking_uri"]))
     os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "5")
-    run_id = run_of(key(), experiment_id)
-    mlflow.start_run(run_id=run_id, log_system_metrics=True)
+    run_id = run_of(name, experiment_id)
+    found = mlflow.start_run(run_id=run_id, log_system_metrics=True).data.tags
+    earlier = upstream(stage)
+    if found.get("failed_stage") in (None, stage, *earlier):  # these have succeeded since, or are tried again
+        for tag in ("failed_stage", "failure"):
+            if tag in found:
+                mlflow.delete_tag(tag)
     tags = {
         "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "git.commit": _git("rev-parse", "HEAD"),
-        "sweep_id": sweep_id or "",
+        "sweep_id": params["sweep"]["id"] or "",
         "stage": stage,
         "process": f"{socket.gethostname()}:{os.getpid()}",
     }
-    mlflow.set_tags({name: value for name, value in tags.items() if value})
-    log_parameters(run_id, yaml.safe_load(Path("params.yaml").read_text()))
-    for earlier in upstream(stage):
-        _log_reported(earlier)
+    mlflow.set_tags({tag: value for tag, value in tags.items() if value})
+    log_parameters(run_id, params)
+    for before in earlier:
+        _log_reported(before)
 
 
 def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:
-    """Log params.yaml flat (`lora.r`); keys the run has already stay as they are."""
+    """Log parameters flat (`lora.r`); keys the run has already stay as they are."""
     from mlflow import MlflowClient
     from mlflow.entities import Param
 
@@ -172,14 +203,20 @@ def _close(status: str, tags: Mapping[str, str]) -> None:
     import mlflow
 
     if mlflow.active_run():
-        mlflow.set_tags(dict(tags))
-        mlflow.end_run(status)
+        try:
+            mlflow.set_tags(dict(tags))
+        finally:
+            mlflow.end_run(status)
 
 
 def _softly(action: Callable[[], object]) -> None:
+    """Do something with MLflow, unless it was out of reach before: waiting for it again would slow every step."""
+    if not _lost:
+        _try(action)
+
+
+def _try(action: Callable[[], object]) -> None:
     """Do something with MLflow; when it cannot be had, remember why and carry on."""
-    if _lost:
-        return
     try:
         action()
     except Exception as fault:
@@ -193,9 +230,24 @@ def _is_open() -> bool:
 
 
 def upstream(stage: str) -> list[str]:
-    """The stages before this one in dvc.yaml: their metrics belong to the present experiment, later ones may not."""
-    names = list(yaml.safe_load(Path("dvc.yaml").read_text())["stages"])
-    return names[: names.index(stage)] if stage in names else []
+    """The stages this one depends on, also through others: what others report may be of another experiment."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    makers = {
+        path: name for name in stages for kind in ("outs", "metrics", "plots") for path in paths(stages, name, kind)
+    }
+    found: set[str] = set()
+    waiting = [stage]
+    while waiting:
+        direct = {makers[dep] for dep in paths(stages, waiting.pop(), "deps") if dep in makers}
+        waiting += direct - found
+        found |= direct
+    return [name for name in stages if name in found]
+
+
+def paths(stages: Mapping[str, Any], name: str, kind: str) -> list[str]:
+    """The paths a stage of dvc.yaml names under `deps`, `outs`, `metrics` or `plots`; none for an unknown stage."""
+    entries = stages[name].get(kind, []) if name in stages else []
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
 
 def report(stage: str, metrics: Mapping[str, float], measured: Mapping[str, float] | None = None) -> None:
@@ -213,9 +265,9 @@ def report(stage: str, metrics: Mapping[str, float], measured: Mapping[str, floa
 
 
 def compared(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that the runs table shows, in the order of COMPARED, at most MAX_COMPARED."""
+    """Of one stage's metrics those that the runs table shows, in the order of COMPARED, at most MAX_OF_A_STAGE."""
     chosen = {name: metrics[name] for pattern in COMPARED for name in sorted(metrics) if fnmatch.fnmatch(name, pattern)}
-    return dict(list(chosen.items())[:MAX_COMPARED])
+    return dict(list(chosen.items())[:MAX_OF_A_STAGE])
 
 
 def _log_reported(stage: str) -> None:
@@ -227,24 +279,29 @@ def _log_reported(stage: str) -> None:
         return
     mlflow.log_metrics(compared(files.read_json(path)))
     mlflow.log_artifact(str(path), "metrics")
-    if stage == "dedup_split":
-        _log_dataset()
+    run = mlflow.active_run()
+    if stage == "dedup_split" and run is not None:
+        log_dataset(run.info.run_id, {path.name: path for path in Path("data/splits").glob("*.parquet")})
 
 
-def _log_dataset() -> None:
-    import mlflow
+def log_dataset(run_id: str, splits: Mapping[str, Path]) -> None:
+    """Name the data a run works with by the hashes of its files, unless the run names the same already.
+
+    Args: splits: where the files of data/splits lie, by their names in it.
+    """
     from mlflow import MlflowClient
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    run = mlflow.active_run()
-    splits = sorted(Path("data/splits").glob("*.parquet"))
-    if run is None or not splits or (run.inputs and run.inputs.dataset_inputs):
-        return
-    digests = {path.name: files.sha256(path) for path in splits}
+    client = MlflowClient()
+    inputs = client.get_run(run_id).inputs
+    known = {found.dataset.digest for found in inputs.dataset_inputs} if inputs else set()
+    digests = {name: files.sha256(path) for name, path in splits.items()}
     digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:32]
+    if not splits or digest in known:
+        return
     source = json.dumps({"path": "data/splits", "sha256": digests}, sort_keys=True)
     dataset = Dataset("data/splits", digest, "dvc", source)
-    MlflowClient().log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def log_step(step: int, values: Mapping[str, float]) -> None:
@@ -280,9 +337,9 @@ def _log_measured(stage: str) -> None:
     mlflow.log_dict(dict(measured), f"measured/{stage}.json")
 
 
-def _write_measured(stage: str) -> None:
+def _write_measured(stage: str, name: str) -> None:
     record = measured | ({"mlflow_lost": _lost[0]} if _lost else {})
-    files.write_json(environment.root() / "runs" / key() / f"{stage}.json", record)
+    files.write_json(environment.root() / "runs" / name / f"{stage}.json", record)
 
 
 def _git(*arguments: str) -> str:

@@ -1,12 +1,20 @@
 """The commands beside the pipeline: what is out of date, what differs, what a module imports."""
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from commands import clean, sync, ui
 from commands.deps import closure
 from commands.differences import differences
-from commands.sync import up_to_date
+from commands.sync import curve, up_to_date
+from stages.lib import tracking
+from tests.conftest import ROOT
 
 PIPELINE = {"stages": {"split": {}, "train": {}, "merge": {}}}
 
@@ -58,3 +66,152 @@ def test_imports_are_followed_wherever_they_stand(tmp_path: Path, monkeypatch: p
     names = {path.as_posix() for path in closure(Path("stages/train.py"))}
     assert names >= {"stages/lib/page.py", "stages/lib/page.html.jinja", "stages/lib/environment.py", "stages/train.py"}
     assert "stages/lib/other.py" not in names
+
+
+def test_only_new_validation_losses_are_points_and_they_come_first() -> None:
+    table = "step,loss,val_loss\n1,4.0,3.0\n2,2.0,3.0\n3,1.0,1.5\n"
+    assert [(point.key, point.step, point.value) for point in curve(table)] == [
+        *[("val/loss", 0, 3.0), ("val/loss", 3, 1.5)],
+        *[("train/loss", 1, 4.0), ("train/loss", 2, 2.0), ("train/loss", 3, 1.0)],
+    ]
+
+
+PLAN = {
+    "dedup_split": {"outs": ["data/splits"]},
+    "qlora_train": {"deps": ["data/splits"], "outs": ["models/adapter"]},
+}
+LOCK = {
+    "dedup_split": {"outs": [{"path": "data/splits", "md5": "11aa.dir"}]},
+    "qlora_train": {
+        "deps": [{"path": "data/splits", "md5": "11aa.dir"}],
+        "outs": [{"path": "models/adapter", "md5": "22bb.dir"}],
+    },
+}
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The files of one experiment by path; what lay in its outputs is in the cache under tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # MLflow sets it: undone at the end
+    shutil.copy(store, tmp_path / "mlflow.db")
+    cache = {
+        "11/aa.dir": '[{"relpath": "train.parquet", "md5": "33cc"}]',
+        "22/bb.dir": '[{"relpath": "samples.jsonl", "md5": "44dd"}]',
+        "33/cc": "rows",
+        "44/dd": '{"step": 2, "answer": "yes"}\n',
+    }
+    for name, text in cache.items():
+        (tmp_path / ".dvc/cache/files/md5" / name).parent.mkdir(parents=True)
+        (tmp_path / ".dvc/cache/files/md5" / name).write_text(text)
+    (tmp_path / ".dvc/config").touch()
+    (tmp_path / ".git").mkdir()
+    rows = "".join(f"{step},{1 / step},2.0\n" for step in range(1, STEPS + 1))
+    return {
+        "dvc.yaml": yaml.safe_dump({"stages": PLAN}),
+        "dvc.lock": yaml.safe_dump({"stages": LOCK}),
+        "params.yaml": "lora: {r: 4}\nsweep: {id: null}\n",
+        "plots/train.csv": f"step,loss,val_loss\n{rows}",
+        "metrics/qlora_train.json": '{"val/loss/tuned": 2.0}',
+    }
+
+
+def test_sync_brings_in_a_cached_experiment_and_what_a_hiccup_left_out(
+    experiment: dict[str, str], tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient()
+    hurt = tracking.run_of("hurt", store)
+    for step in (1, 2):
+        client.log_metric(hurt, "train/loss", 1 / step, step=step)
+    for _ in range(2):
+        for name in ("hurt", "cached"):
+            sync.bring_in(name, experiment.get, store, {})
+    for run_id in (hurt, tracking.run_of("cached", store)):
+        run: Any = client.get_run(run_id)
+        steps = sorted(point.step for point in client.get_metric_history(run_id, "train/loss"))
+        assert steps == [*range(1, STEPS + 1)]
+        assert len(client.get_metric_history(run_id, "val/loss")) == 1
+        assert run.data.metrics["val/loss/tuned"] == 2.0
+        (data,) = run.inputs.dataset_inputs
+        assert "train.parquet" in data.dataset.source
+        attached = tmp_path / "mlartifacts" / run_id / "artifacts"
+        assert (attached / "metrics/qlora_train.json").read_text() == experiment["metrics/qlora_train.json"]
+        assert json.loads((attached / "samples.json").read_text())["data"] == [[2, "yes"]]
+
+
+def test_sync_and_ui_use_the_store_that_the_stages_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("runtime: {tracking_uri: 'http://chosen:1'}\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:1")
+
+    def connect(uri: str) -> str:
+        raise ConnectionError(uri)
+
+    monkeypatch.setattr(tracking, "connect", connect)
+    for command in (sync, ui):
+        with pytest.raises(ConnectionError, match="http://chosen:1"):
+            command.main()
+
+
+def fake_dvc(folder: Path, monkeypatch: pytest.MonkeyPatch, status: str) -> Path:
+    """Put a `dvc` first on PATH that shows a queue's status and writes down what it was asked; returns that file."""
+    asked = folder / "asked"
+    (folder / "dvc").write_text(f"#!/bin/sh\necho $* >> {asked}\necho '{status}'\n")
+    (folder / "dvc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.chdir(folder)
+    (folder / ".dvc/tmp/exps/tmp1").mkdir(parents=True)
+    return asked
+
+
+def test_clean_touches_nothing_while_a_queued_experiment_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = fake_dvc(tmp_path, monkeypatch, "Task Name Created Status\n1a2b3c4 puny-otter 05:10 AM Running")
+    assert clean.main() == 2
+    assert "found queued experiments running there (1)" in capsys.readouterr().err
+    assert Path(".dvc/tmp/exps/tmp1").exists()
+    assert asked.read_text() == "queue status\n"
+
+
+def test_clean_frees_the_disk_when_the_queue_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_dvc(tmp_path, monkeypatch, "1a2b3c4 puny-otter 05:10 AM Success\n\nWorker status: 0 active, 0 idle")
+    assert clean.main() == 0
+    assert not Path(".dvc/tmp/exps/tmp1").exists()
+    assert "gc" in asked.read_text()
+
+
+def make_export(*variables: str) -> subprocess.CompletedProcess[str]:
+    """What `make export` would do, without making the environment."""
+    command = ["make", "--dry-run", "--old-file=env", "--old-file=.venv/installed", "export", *variables]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_an_export_runs_under_the_name_of_its_experiment() -> None:
+    assert make_export("EXP=puny-otter").stdout.splitlines()[-2:] == [
+        "dvc exp apply puny-otter",
+        "DVC_EXP_NAME=puny-otter dvc repro",
+    ]
+
+
+def test_an_export_of_nothing_is_refused_in_one_line() -> None:
+    check = make_export().stdout.splitlines()[0]
+    done = subprocess.run(["sh", "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "make export EXP=<name>" in line

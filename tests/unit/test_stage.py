@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.lib import environment
-from tests.conftest import ROOT, run
+from stages.lib import environment, stage
+from tests.conftest import ROOT, git, run
 
 SCRIPT = """
 import errno
@@ -29,7 +29,8 @@ stage.run("prepare", main, Params)
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text("stages: {prepare: {cmd: x}}\n")
     (tmp_path / "params.yaml").write_text(
-        "seed: 3\nruntime: {threads: null, log_level: info, tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
+        "seed: 3\ndata: {path: rows.jsonl}\nprompt: {template: chat.jinja}\n"
+        "runtime: {threads: null, log_level: info, tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
     )
     return tmp_path
 
@@ -49,6 +50,57 @@ def test_a_fault_of_our_own_keeps_its_traceback(folder: Path) -> None:
     done = run(folder, sys.executable, "-c", SCRIPT.format(fault='ValueError("ours")'), PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+LOCK = """schema: '2.0'
+stages:
+  prepare:
+    cmd: x
+    outs:
+    - {path: data/prepared, md5: 11aa.dir}
+    - {path: metrics/prepare.json, md5: 33cc}
+"""
+
+
+@pytest.fixture
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository in which DVC started `prepare` again after a run whose lock is committed; its cache is empty."""
+    outs = "outs: [data/prepared], metrics: [metrics/prepare.json: {cache: false}]"
+    (folder / "dvc.yaml").write_text(f"stages: {{prepare: {{cmd: x, {outs}}}}}\n")
+    (folder / "dvc.lock").write_text(LOCK)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").touch()
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "results")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    return folder
+
+
+def fill_cache(cache: Path) -> None:
+    for name, text in {"11/aa.dir": '[{"relpath": "rows.parquet", "md5": "22bb"}]', "22/bb": "rows"}.items():
+        (cache / "files/md5" / name).parent.mkdir(parents=True)
+        (cache / "files/md5" / name).write_text(text)
+
+
+def test_a_clone_with_an_empty_cache_is_promised_nothing(started: Path) -> None:
+    assert stage.restoration("prepare") == ""
+    fill_cache(started / ".dvc/cache")
+    (started / ".dvc/cache/files/md5/22/bb").unlink()
+    assert stage.restoration("prepare") == ""
+
+
+def test_outputs_the_present_lock_names_come_back_without_touching_it(started: Path) -> None:
+    fill_cache(started / ".dvc/cache")
+    assert stage.restoration("prepare").endswith("To get them back: dvc checkout prepare")
+
+
+def test_where_only_the_committed_lock_names_them_it_comes_back_first(started: Path) -> None:
+    fill_cache(started / "elsewhere")
+    (started / ".dvc/config").write_text("[cache]\n    dir = ../elsewhere\n")
+    (started / "dvc.lock").unlink()
+    assert stage.restoration("prepare").endswith("git checkout dvc.lock && dvc checkout prepare")
 
 
 def test_another_python_is_told_so_in_one_line(tmp_path: Path) -> None:

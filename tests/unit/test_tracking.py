@@ -7,14 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages.lib import tracking
+from stages.lib import errors, tracking
+from stages.lib.schema.export import Format
+from tests.conftest import ROOT
 
-PIPELINE = "stages:\n  one: {cmd: x}\n  two: {cmd: x}\n"
+PIPELINE = """
+stages:
+  one: {cmd: x, outs: [data], metrics: [metrics/one.json: {cache: false}]}
+  side: {cmd: x, deps: [data], metrics: [metrics/side.json: {cache: false}]}
+  two: {cmd: x, deps: [data], outs: [model]}
+  three: {cmd: x, deps: [model, metrics/one.json]}
+"""
+PARAMS = """
+seed: 3
+data: {path: rows.jsonl}
+prompt: {template: chat.jinja}
+runtime: {threads: null, log_level: info, tracking_uri: null}
+sweep: {id: null}
+"""
 STAGE = """
 import sys
 from dataclasses import dataclass
@@ -45,19 +61,36 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, store: Path) -> Path:
     shutil.copy(store, tmp_path / "mlflow.db")
     (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "params.yaml").write_text(
-        "seed: 3\nruntime: {threads: null, log_level: info, tracking_uri: null}\nsweep: {id: null}\n"
-    )
+    (tmp_path / "params.yaml").write_text(PARAMS)
     return tmp_path
 
 
-def start(folder: Path, name: str, body: str, **environment: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for stages that run in this process: importing MLflow takes seconds in every other."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")  # MLflow sets it: undone at the end
+    monkeypatch.setattr(tracking, "measured", {})
+    monkeypatch.setattr(tracking, "_lost", [])
+    return folder
+
+
+def work(stage: str, metrics: dict[str, float] | None = None, fault: Exception | None = None) -> None:
+    """A stage's time in MLflow, in this process: it reports, or it fails."""
+    with suppress(errors.DataError), tracking.run(stage, tracking.parameters()):
+        tracking.report(stage, metrics or {})
+        if fault:
+            raise fault
+
+
+def start(folder: Path, name: str, body: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
     source = Path(__file__).resolve().parents[2]
     variables = {**os.environ, "PYTHONPATH": str(source), "DVC_ROOT": str(folder)} | environment
     code = STAGE.format(body=body, name=name)
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, stdout=pipe, stderr=pipe, text=True, env=variables
+        [sys.executable, "-c", code, *overrides], cwd=folder, stdout=pipe, stderr=pipe, text=True, env=variables
     )
 
 
@@ -111,18 +144,94 @@ def test_mlflow_out_of_reach_loses_no_number(folder: Path) -> None:
     assert json.loads(measured.read_text())["speed"] == 3
 
 
-def test_only_metrics_of_stages_before_this_one_are_filled_in(folder: Path) -> None:
-    (folder / "metrics").mkdir()
-    (folder / "metrics/one.json").write_text('{"rows/train": 5}')
-    (folder / "metrics/two.json").write_text('{"val/loss": 9.0}')
-    assert start(folder, "two", "pass").wait(60) == 0
-    assert {"rows/train": 5.0}.items() <= runs(folder)[0].data.metrics.items()
-    assert "val/loss" not in runs(folder)[0].data.metrics
+def test_only_metrics_of_stages_this_one_depends_on_are_filled_in(here: Path) -> None:
+    (here / "metrics").mkdir()
+    (here / "metrics/one.json").write_text('{"merge/kl/mean": 5}')
+    (here / "metrics/side.json").write_text('{"val/loss": 9.0}')
+    work("two")
+    assert runs(here)[0].data.metrics["merge/kl/mean"] == 5
+    assert "val/loss" not in runs(here)[0].data.metrics
+
+
+def test_upstream_follows_outputs_and_metrics_not_the_order_in_dvc_yaml(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tracking.upstream("three") == ["one", "two"]
+    assert tracking.upstream("side") == ["one"]
+    monkeypatch.chdir(ROOT)
+    assert "evaluate" not in tracking.upstream("merge")
+    assert "evaluate" in tracking.upstream("quantize_export")
+
+
+LIVE = ("val/loss", "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second")
 
 
 def test_the_runs_table_holds_at_most_thirty_metrics() -> None:
-    many = {f"test/task{i}/field_f1/{arm}": 0.5 for i in range(20) for arm in ("base", "tuned", "delta")}
-    chosen = tracking.compared(many | {"val/loss": 1.0, "made/up": 2.0})
-    assert len(chosen) == tracking.MAX_COMPARED
-    assert next(iter(chosen)) == "val/loss"
-    assert "made/up" not in chosen
+    shown = [tracking.compared(json.loads(path.read_text())) for path in sorted((ROOT / "metrics").glob("*.json"))]
+    assert len(shown) == 8
+    assert len({*LIVE, *(name for metrics in shown for name in metrics)}) <= 30
+
+
+def test_neither_many_tasks_nor_all_formats_exceed_thirty_metrics() -> None:
+    arms = ("base", "tuned", "delta")
+    tasks = {f"test/task{i}/field_f1/{arm}": 0.5 for i in range(20) for arm in arms}
+    formats = {f"export/{name}/kl/mean": 0.1 for name in Format}
+    plain = dict.fromkeys((name for name in tracking.COMPARED if "*" not in name), 1.0)
+    chosen = [tracking.compared(metrics) for metrics in (plain, tasks | {"made/up": 2.0}, formats)]
+    assert sum(len(metrics) for metrics in chosen) <= 30
+    assert "made/up" not in chosen[1]
+    assert len(chosen[2]) == len(Format)
+
+
+def test_no_stage_before_training_logs_a_metric_so_that_charts_open_on_the_validation_loss() -> None:
+    for stage in tracking.upstream("qlora_train"):
+        assert tracking.compared(json.loads((ROOT / f"metrics/{stage}.json").read_text())) == {}
+
+
+def test_overrides_on_the_command_line_make_a_row_of_their_own_with_their_values(here: Path) -> None:
+    work("one")
+    assert start(here, "one", "pass", "seed=8").wait(60) == 0
+    assert sorted(run.data.params["seed"] for run in runs(here)) == ["3", "8"]
+
+
+def test_the_key_of_a_plain_repro_changes_with_all_that_determines_the_result(here: Path) -> None:
+    keys = [tracking.key(tracking.parameters())]
+    (here / "stages").mkdir()
+    for name in ("rows.jsonl", "chat.jinja", "stages/one.py", "stages/page.html.jinja", "requirements.lock"):
+        (here / name).write_text("changed")
+        keys.append(tracking.key(tracking.parameters()))
+    (here / "rows.jsonl.dvc").write_text("outs: [{md5: a1}]")
+    keys += [tracking.key(tracking.parameters()), tracking.key(tracking.parameters(["seed=8"]))]
+    assert len(set(keys)) == len(keys)
+    same = ["runtime.threads=1", "sweep.id=grid", "seed=3"]
+    assert tracking.key(tracking.parameters(same)) == tracking.key(tracking.parameters())
+
+
+def test_data_that_changed_under_the_same_name_is_named_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "puny-otter")
+    (here / "data/splits").mkdir(parents=True)
+    for text in ("a", "a", "b"):
+        (here / "data/splits/train.parquet").write_text(text)
+        work("dedup_split")
+    (run,) = runs(here)
+    assert len(run.inputs.dataset_inputs) == 2
+
+
+def test_a_failure_is_taken_back_when_its_stage_or_a_later_one_runs(here: Path) -> None:
+    fault = errors.DataError("nothing there")
+    work("one", fault=fault)
+    assert runs(here)[0].data.tags["failed_stage"] == "one"
+    work("two")
+    assert not {"failed_stage", "failure"} & runs(here)[0].data.tags.keys()
+    work("two", fault=fault)
+    work("side")
+    assert runs(here)[0].data.tags["failed_stage"] == "two"
+
+
+def test_a_hiccup_of_mlflow_does_not_hide_how_the_stage_ended(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.log_metrics", None)
+    (here / "metrics").mkdir()
+    (here / "metrics/one.json").write_text("{}")
+    work("two", fault=errors.DataError("nothing there"))
+    (run,) = runs(here)
+    assert (run.info.status, run.data.tags["failed_stage"]) == ("FAILED", "two")
