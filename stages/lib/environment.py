@@ -21,7 +21,7 @@ def fault() -> str | None:
 
     The environment is `.venv` of the repository, or the one that PIPELINE_ENV names (a container, a cluster's module).
     """
-    expected = Path(os.environ.get("PIPELINE_ENV", root() / ".venv")).resolve()
+    expected = Path(os.environ.get("PIPELINE_ENV") or root() / ".venv").resolve()
     found = Path(sys.prefix).resolve()
     if found == expected:
         return None
