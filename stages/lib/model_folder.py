@@ -12,9 +12,9 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from stages.lib import files
+from stages.lib import files, gguf_weights
 from stages.lib.errors import ConfigError, ModelError
 
 # The file's `tokenizer.ggml.pre` names how text is cut before BPE. transformers cuts every one like GPT-2; for `smollm`
@@ -47,10 +47,7 @@ def from_gguf(gguf: Path, folder: Path) -> str:
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(**place)  # handed on: every look at a GGUF header takes seconds
     tokenizer = AutoTokenizer.from_pretrained(**place, config=config)
-    # Left packed, the weights are "not serializable": dequantize=True makes them ordinary tensors.
-    model = AutoModelForCausalLM.from_pretrained(
-        **place, config=config, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    model = gguf_weights.load(reader, config, torch.bfloat16)
     if tokenizer.eos_token_id != model.config.eos_token_id:
         raise ModelError(
             f"{gguf.name}: its tokenizer ends a turn with id {tokenizer.eos_token_id}, its model with id "

@@ -11,17 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader, dequantize
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_TO_TRANSFORMERS_MAPPING,
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from gguf import GGUFReader
+from transformers import AutoConfig, PreTrainedModel
 
-from stages.lib import gguf_convert, gguf_quantize, numerics
+from stages.lib import gguf_convert, gguf_quantize, gguf_weights, numerics
 from stages.lib.errors import ExternalError, ModelError
 from stages.lib.schema.export import Format
 from stages.lib.schema.numerics import Numerics
@@ -136,62 +129,13 @@ def contents(reader: GGUFReader, form: Format) -> Contents:
 
 
 def load(reader: GGUFReader, merged: Path, n: Numerics) -> PreTrainedModel:
-    """The file's weights, dequantized, in a transformers model with the merged model's configuration.
+    """The file's weights, dequantized, in a transformers model with the merged model's configuration, in eval mode.
 
-    The names and permutations are those of transformers' own GGUF loader. `from_pretrained(gguf_file=...)` reads the
-    vocabulary over and over: 14 seconds for the default model instead of 5, for the same weights (a test compares).
-
-    Args: reader: of the file; parsing its head takes seconds, so it is done once for all that is asked of it.
     Raises: ModelError, when weights are missing, or the file describes another architecture than the merged model.
     """
     resolved = numerics.resolve(n)
     config = AutoConfig.from_pretrained(merged, local_files_only=True)
-    architecture = reader.fields["general.architecture"].contents()
-    _check_description(reader, architecture, config)
-    with no_init_weights():  # all of them are in the file
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, resolved.compute_dtype), attn_implementation="sdpa"
-        )
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = _names(model, processor)
-    weights: dict[str, torch.Tensor] = {}
-    for tensor in reader.tensors:
-        found = processor.process(
-            weights=dequantize(tensor.data, tensor.tensor_type),
-            name=tensor.name,
-            tensor_key_mapping=names,
-            parsed_parameters={"tensors": weights},
-        )
-        if found.name in names:
-            weights[names[found.name]] = torch.tensor(found.weights, dtype=model.dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    if lost := sorted(set(missing) - tied) + unexpected:
-        raise ModelError(f"GGUF file: {len(lost)} weights do not fit the merged model, such as {lost[0]}.")
-    model.tie_weights()
-    return model.to(resolved.device).eval()
-
-
-def _names(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
-    key = model.config.to_json_string()
-    if key not in _known_names:
-        _known_names[key] = get_gguf_hf_weights_map(model, processor)
-    return _known_names[key]
-
-
-_known_names: dict[str, dict[str, str]] = {}
-
-
-def _check_description(reader: GGUFReader, architecture: str, config: object) -> None:
-    """Compare the numbers by which llama.cpp will build the model with the configuration they came from."""
-    for key, name in GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {}).items():
-        field, expected = reader.fields.get(f"{architecture}.{key}"), getattr(config, name or "", None)
-        if field is None or not isinstance(expected, (int, float)):
-            continue
-        found = field.contents()
-        if isinstance(found, (int, float)) and abs(found - expected) > 1e-6 * abs(expected):
-            raise ModelError(f"GGUF file: {architecture}.{key} is {found}, expected {name}={expected} as in training.")
+    return gguf_weights.load(reader, config, getattr(torch, resolved.compute_dtype)).to(resolved.device).eval()
 
 
 def metadata(file: Path, key: str) -> object:
