@@ -163,6 +163,7 @@ def test_an_experiment_runs_the_changed_stage_and_what_follows_and_gets_its_own_
     assert run(finished, "dvc", "checkout").returncode == 0
 
 
+@pytest.mark.slow
 def test_an_experiment_that_ran_nothing_gets_its_row_by_sync(finished: Path) -> None:
     done = run(finished, "dvc", "exp", "run", "-n", "cached", "--temp", "-S", "lora.r=4", "evaluate")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -101,6 +101,7 @@ def test_every_format_is_written_and_measured(exported: Path) -> None:
     assert header == "format,mib,bits_per_weight,fallback_tensors,kl_mean,kl_p99,perplexity_ratio,top1,loaded"
 
 
+@pytest.mark.slow
 def test_a_second_export_from_another_folder_gives_the_same_bytes(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

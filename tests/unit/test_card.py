@@ -21,6 +21,7 @@ def test_the_card_names_the_users_file_but_not_the_folders_above_it(tmp_path: Pa
         evaluated={},
         merged={"merge/kl/mean": 0.1, "merge/top1": 0.9},
         formats=[],
+        exported={},
         gguf=None,
         stops=["<|im_end|>"],
         has_modelfile=False,

@@ -1,6 +1,7 @@
 """The commands beside the pipeline: what is out of date, what differs, what a module imports."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -198,8 +199,10 @@ def test_clean_frees_the_disk_when_the_queue_rests(tmp_path: Path, monkeypatch: 
 
 def make_export(*variables: str) -> subprocess.CompletedProcess[str]:
     """What `make export` would do, without making the environment."""
-    command = ["make", "--dry-run", "--old-file=env", "--old-file=.venv/installed", "export", *variables]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    made = ["--old-file=env", "--old-file=.venv/installed"]
+    command = ["make", "--dry-run", "--no-print-directory", *made, "export", *variables]
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
 
 
 def test_an_export_runs_under_the_name_of_its_experiment() -> None:

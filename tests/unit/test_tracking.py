@@ -102,6 +102,7 @@ def runs(folder: Path) -> list[Any]:
     return client.search_runs([found.experiment_id])
 
 
+@pytest.mark.slow
 def test_four_stages_started_at_once_on_a_missing_store_share_one_run(folder: Path) -> None:
     (folder / "mlflow.db").unlink()
     bodies = [f'tracking.report("s{i}", {{"rows/train": {i}}})' for i in range(4)]
