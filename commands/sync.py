@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from stages.lib import tracking
+from stages.lib import config, tracking
 from stages.lib.stage import cached
 
 CURVES = {
@@ -34,7 +34,7 @@ Reader = Callable[[str], str | None]
 def main() -> int:
     import mlflow
 
-    params = tracking.parameters()
+    params = config.values()
     uri = tracking.address(params["runtime"]["tracking_uri"])
     try:
         experiment_id = tracking.connect(uri)

@@ -3,11 +3,11 @@
 import os
 import sys
 
-from stages.lib import tracking
+from stages.lib import config, tracking
 
 
 def main() -> int:
-    uri = tracking.address(tracking.parameters()["runtime"]["tracking_uri"])
+    uri = tracking.address(config.values()["runtime"]["tracking_uri"])
     experiment_id = tracking.connect(uri)
     port = os.environ.get("PORT", "5000")
     page = f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs"

@@ -49,7 +49,7 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
-        with tracking.run(name, tracking.parameters(sys.argv[1:])):
+        with tracking.run(name, config.values(sys.argv[1:])):
             main(p)
             tracking.measured |= {"wall_s": round(time.monotonic() - started, 2), "peak_mib": peak_mib()}
     except PipelineError as fault:

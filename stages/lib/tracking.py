@@ -14,12 +14,10 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from filelock import FileLock
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from stages.lib import config, environment, files
 
@@ -62,12 +60,6 @@ _lost: list[str] = []  # why MLflow did not get everything; empty while it does
 
 class Killed(SystemExit):
     """The process was asked to end (SIGTERM)."""
-
-
-def parameters(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The whole of params.yaml with the command line's overrides (`lora.r=8`), as plain values."""
-    with initialize_config_dir(str(Path.cwd()), version_base=None):
-        return cast(dict[str, Any], OmegaConf.to_container(compose("params", overrides=list(overrides))))
 
 
 def key(params: Mapping[str, Any]) -> str:

@@ -91,16 +91,6 @@ LOCK = {
 STEPS = 5
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without runs."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def experiment(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The files of one experiment by path; what lay in its outputs is in the cache under tmp_path."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from stages.lib import errors, tracking
+from stages.lib import config, errors, tracking
 from stages.lib.schema.export import Format
 from tests.conftest import ROOT
 
@@ -47,16 +47,6 @@ stage.run("{name}", main, Params)
 """
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store: making its tables takes seconds, copying them does not."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def folder(tmp_path: Path, store: Path) -> Path:
     shutil.copy(store, tmp_path / "mlflow.db")
@@ -78,7 +68,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def work(stage: str, metrics: dict[str, float] | None = None, fault: Exception | None = None) -> None:
     """A stage's time in MLflow, in this process: it reports, or it fails."""
-    with suppress(errors.DataError), tracking.run(stage, tracking.parameters()):
+    with suppress(errors.DataError), tracking.run(stage, config.values()):
         tracking.report(stage, metrics or {})
         if fault:
             raise fault
@@ -196,16 +186,16 @@ def test_overrides_on_the_command_line_make_a_row_of_their_own_with_their_values
 
 
 def test_the_key_of_a_plain_repro_changes_with_all_that_determines_the_result(here: Path) -> None:
-    keys = [tracking.key(tracking.parameters())]
+    keys = [tracking.key(config.values())]
     (here / "stages").mkdir()
     for name in ("rows.jsonl", "chat.jinja", "stages/one.py", "stages/page.html.jinja", "requirements.lock"):
         (here / name).write_text("changed")
-        keys.append(tracking.key(tracking.parameters()))
+        keys.append(tracking.key(config.values()))
     (here / "rows.jsonl.dvc").write_text("outs: [{md5: a1}]")
-    keys += [tracking.key(tracking.parameters()), tracking.key(tracking.parameters(["seed=8"]))]
+    keys += [tracking.key(config.values()), tracking.key(config.values(["seed=8"]))]
     assert len(set(keys)) == len(keys)
     same = ["runtime.threads=1", "sweep.id=grid", "seed=3"]
-    assert tracking.key(tracking.parameters(same)) == tracking.key(tracking.parameters())
+    assert tracking.key(config.values(same)) == tracking.key(config.values())
 
 
 def test_data_that_changed_under_the_same_name_is_named_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
