@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.lib import dedup, files, records, splits, stage, tracking
+from stages.lib import dedup, engine, files, records, splits, stage, tracking
 from stages.lib.dedup import Deduplicated, Dropped
 from stages.lib.schema.dedup import Dedup
 from stages.lib.schema.split import Split
@@ -87,4 +87,4 @@ def metrics(
 
 
 if __name__ == "__main__":
-    stage.run("dedup_split", main, Params)
+    stage.run("dedup_split", main, Params, start=engine.start)

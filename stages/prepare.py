@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import engine, files, records, stage, tracking
 from stages.lib.errors import DataError
 from stages.lib.rows import Rejection
 from stages.lib.schema.data import Data, Source
@@ -80,4 +80,4 @@ def metrics(rows: list[dict[str, Any]], rejected: list[Rejection]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    stage.run("prepare", main, Params)
+    stage.run("prepare", main, Params, start=engine.start)

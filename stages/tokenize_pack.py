@@ -7,7 +7,7 @@ metrics/tokenize_pack.json.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages.lib import chat, files, packing, stage, tracking
+from stages.lib import chat, engine, files, packing, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
@@ -36,4 +36,4 @@ def main(p: Params) -> None:
 
 
 if __name__ == "__main__":
-    stage.run("tokenize_pack", main, Params)
+    stage.run("tokenize_pack", main, Params, start=engine.start)

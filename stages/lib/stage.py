@@ -35,9 +35,12 @@ class Outside:
     sweep: Sweep
 
 
-def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
+def run(
+    name: str, main: Callable[[P], None], params: type[P], *, start: Callable[[Runtime], None] | None = None
+) -> None:
     """Run a stage's main with its typed parameters; end the process with one message where the user can mend the fault.
 
+    Args: start: given the runtime section before main; engine.start, for a stage that spreads its work.
     Exit status: 0 done; 2 a fault the message explains; 143 ended by SIGTERM; a traceback only for a fault of our own.
     """
     started = time.monotonic()
@@ -46,6 +49,8 @@ def run(name: str, main: Callable[[P], None], params: type[P]) -> None:
         p = config.load(params, sys.argv[1:])
         outside = config.load(Outside, sys.argv[1:])
         _quiet(outside.runtime.log_level)
+        if start:
+            start(outside.runtime)
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)

@@ -26,7 +26,8 @@ def test_torch_comes_without_cuda_exactly_where_there_is_no_gpu(
     assert torch_options(has_gpu=has_gpu, links=links, has_cpu_build=bool(links)) == options
     command = uv_install(Path(".venv/bin/python"), options)
     assert command[:3] == [".venv/bin/uv", "pip", "install"]
-    assert command[-6:] == ["--constraints", "requirements.lock", "--requirements", "pyproject.toml", "--extra", "dev"]
+    wanted = ["--requirements", "pyproject.toml", "--extra", "dev", "--extra", "ray"]
+    assert command[-8:] == ["--constraints", "requirements.lock", *wanted]
 
 
 def cpu_wheel(version: str = "2.13.0", python: str = "", machine: str = "") -> str:

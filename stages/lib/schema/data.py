@@ -1,71 +1,146 @@
-"""conf/data: where the rows come from."""
+"""conf/data: where the rows come from, what they look like, and what a row must be like to be kept."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from typing import Any
 
 from stages.lib.errors import check_values
+from stages.lib.schema.split import SPLITS
 
-COLUMNS = ("prompt", "completion", "system", "group", "task")
+FIELDS = (  # what a row may carry, by the names `data.columns` gives to the user's columns
+    "messages",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "text",
+    "chosen",
+    "rejected",
+    "label",
+    "system",
+    "tools",
+    "group",
+    "task",
+)
 
 
 class Source(StrEnum):
     python_docs = "python_docs"
     local = "local"
     hub = "hub"
+    url = "url"
 
 
 class Format(StrEnum):
     auto = "auto"
     messages = "messages"
+    sharegpt = "sharegpt"
     alpaca = "alpaca"
     prompt_completion = "prompt_completion"
-    csv = "csv"
+    question_answer = "question_answer"
+    text = "text"
+    preference = "preference"
+    unpaired = "unpaired"
+    classification = "classification"
+
+
+class Unicode(StrEnum):
+    keep = "keep"
+    nfc = "nfc"
+    nfkc = "nfkc"
+
+
+class Policy(StrEnum):
+    ignore = "ignore"  # not looked for
+    count = "count"  # kept and counted
+    redact = "redact"
+    reject = "reject"
+
+
+@dataclass
+class Clean:
+    """What is changed in a row, or makes it unwanted; each change and each rejection is counted."""
+
+    unicode: Unicode  # normalization of every text
+    whitespace: bool  # ends of lines without blanks, at most one empty line, no blanks around a text
+    refusals: Policy  # answers of nothing but "As an AI language model, I cannot ..."; not redact
+    pii: dict[str, Policy]  # kind (stages/lib/pii.py) -> what to do with it
+    min_answer_chars: int
+    max_answer_chars: int | None
+    max_answer_ratio: float | None  # answer's characters per character of what it answers
+    languages: list[str]  # ISO 639-1 codes of the languages kept; empty: all
+
+
+@dataclass
+class Noise:
+    """Rows of the training split given a second time with slips of the keyboard in the user's turns."""
+
+    fraction: float  # of the rows
+    rate: float  # of the words in a user's turn that get a slip
+    kinds: list[str]  # typo, case, spacing
+    seed: int
 
 
 @dataclass
 class Data:
     source: Source
-    path: str  # what `prepare` depends on: the user's file, or the lock file that pins the documented packages
-    format: Format
-    columns: dict[
-        str, str
-    ]  # {prompt: <column>, completion: <column>[, system:, group:, task:]} where rows name them so
+    path: str  # what `prepare` depends on: the user's file or folder, or the lock that pins the documented packages
+    url: str | None  # any fsspec address: https://..., s3://..., gs://..., also with :: chains
+    sha256: str | None  # of what lies at url
     id: str | None  # dataset on the Hugging Face hub
     revision: str | None
-    split: str | None
+    split: str | None  # of a hub's data set: the files whose names say so
     packages: list[str]  # python_docs: the packages read, installed and pinned by the lock file
-    max_chars: int  # a row's messages together; longer rows are rejected
+    format: Format
+    columns: dict[str, str]  # {field: <your column>} where rows name them otherwise
+    template: str | None  # Jinja file under conf/prompt that words the question; null: the format's own
+    split_column: str | None  # column that says train, validation or test: an official split is never mixed again
+    official: str | None  # the split all rows of this source belong to
+    weight: float  # share of this source's rows in each split, against the other sources of `sources`
+    sources: dict[str, Any]  # several sources: {name: {keys of this section that differ}}; empty: this section is one
+    fraction: float  # of the training rows; a smaller fraction is contained in a larger one
+    max_chars: int  # a row's texts together; longer rows are rejected
+    max_rejected_fraction: float  # of the rows of one source; more ends the stage
+    clean: Clean
+    noise: Noise
 
     def __post_init__(self) -> None:
-        is_hub = self.source is Source.hub
-        unknown = sorted(set(self.columns) - set(COLUMNS))
+        is_hub, is_url = self.source is Source.hub, self.source is Source.url
+        unknown = sorted(set(self.columns) - set(FIELDS))
+        keys = {field.name for field in fields(self)} - {"sources", "fraction", "noise", "clean"}
+        strange = sorted({str(key) for entry in self.sources.values() for key in dict(entry)} - keys)
         check_values(
             ("data.max_chars", self.max_chars, self.max_chars > 0, "a positive number of characters"),
+            ("data.fraction", self.fraction, 0 < self.fraction <= 1, "above 0, at most 1"),
+            ("data.weight", self.weight, self.weight > 0, "above 0"),
             (
-                "data.columns",
-                unknown,
-                not unknown,
-                f"names among {', '.join(COLUMNS)}, each with a column of your file",
+                "data.max_rejected_fraction",
+                self.max_rejected_fraction,
+                0 <= self.max_rejected_fraction <= 1,
+                "between 0 and 1",
             ),
-            (
-                "data.columns",
-                self.columns,
-                self.format is not Format.csv or {"prompt", "completion"} <= set(self.columns),
-                "prompt and completion, each with a column of your file, when data.format=csv",
-            ),
-            (
-                "data.id",
-                self.id,
-                not is_hub or bool(self.id),
-                "a data set on the hub, owner/name, when data.source=hub",
-            ),
+            ("data.columns", unknown, not unknown, f"names among {', '.join(FIELDS)}, each with a column of your file"),
+            ("data.sources", strange, not strange, f"keys among {', '.join(sorted(keys))}"),
+            ("data.official", self.official, self.official in (None, *SPLITS), f"null or one of {', '.join(SPLITS)}"),
+            ("data.id", self.id, not is_hub or bool(self.id), "a data set on the hub, owner/name, when data.source=hub"),
             (
                 "data.revision",
                 self.revision,
                 not is_hub or bool(re.fullmatch(r"[0-9a-f]{40}", self.revision or "")),
                 "a commit of 40 hex digits when data.source=hub. A branch moves; type `make pin` once: it asks the hub "
                 "and writes the commit into conf/data",
+            ),
+            ("data.url", self.url, not is_url or bool(self.url), "an address when data.source=url"),
+            (
+                "data.sha256",
+                self.sha256,
+                not is_url or bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256 or "")),
+                "the sha256 of the file in 64 hex digits when data.source=url: what lies at an address may change "
+                "(`curl -L <url> | sha256sum`)",
             ),
             (
                 "data.packages",
@@ -80,3 +155,15 @@ class Data:
         assert self.id is not None
         assert self.revision is not None
         return self.id, self.revision
+
+    def each(self) -> dict[str, "Data"]:
+        """Every source by name, each as a section of its own: the keys of its entry over those of this section."""
+        if not self.sources:
+            return {"": self}
+        return {name: replace(self, sources={}, **_typed(entry)) for name, entry in sorted(self.sources.items())}
+
+
+def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+    """The values of one entry of `data.sources` in the types of the section's keys."""
+    kinds: dict[str, Any] = {"source": Source, "format": Format}
+    return {key: kinds.get(key, lambda value: value)(value) for key, value in entry.items()}
