@@ -58,8 +58,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, in the order given; the bytes depend on rows and schema alone."""
+    write_table(path, pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as one Parquet file."""
     with replacing(path) as new:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
+        pq.write_table(table, new, compression="zstd")
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.lib import files
+
 TURN = pa.struct(
     [(name, pa.string()) for name in ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")]
 )
@@ -37,8 +39,8 @@ RECORD = pa.schema(
     preference   the prompt                  chosen, rejected: the turns that may follow
     unpaired     ... ends with an answer     label: "true" (wanted) or "false"
 
-A turn has role and content; an assistant's may have tool_calls, a tool's tool_call_id and name. tools, tool_calls and meta
-are JSON text. split is the official one, where the data name it; group "" stands for a row of its own.
+A turn has role and content; an assistant's may have tool_calls, a tool's tool_call_id and name. tools, tool_calls and
+meta are JSON text. split is the official one, where the data name it; group "" stands for a row of its own.
 """
 
 JSON_KEYS = ("tool_calls",)
@@ -93,6 +95,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([_encoded(row) for row in rows], schema=RECORD)
 
 
+def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as one Parquet file, in the order given."""
+    files.write_table(path, table(found))
+
+
 def rows(found: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """The records of a table, as `make` made them: turns without empty keys, tools and tool_calls as values."""
     return [_decoded(row) for row in found.to_pylist()]
@@ -144,9 +151,7 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any]:
 
 def _turn(turn: Mapping[str, Any], translate: Any) -> dict[str, Any]:
     """A turn without its empty keys; an assistant that only calls tools keeps its content of None away."""
-    return {
-        key: translate(value) if key in JSON_KEYS else value for key, value in turn.items() if value is not None
-    }
+    return {key: translate(value) if key in JSON_KEYS else value for key, value in turn.items() if value is not None}
 
 
 def _json(value: Any) -> str:

@@ -27,7 +27,7 @@ def prepared(in_tmp: Path, tiny_model_dir: Path) -> Path:
             [{"role": "user", "content": f"add {i} 1"}, {"role": "assistant", "content": f"{i} plus"}] for i in range(n)
         ]
         rows = [records.make(messages, group=split, source="test", task="add") for messages in turns]
-        files.write_rows(Path(f"data/splits/{split}.parquet"), rows, records.RECORD)
+        records.write(Path(f"data/splits/{split}.parquet"), rows)
     tokenize_pack.main(tokenize_pack.Params(Pack(max_tokens=64, on_overlong=OnOverlong.drop)))
     return in_tmp
 

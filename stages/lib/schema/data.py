@@ -126,7 +126,12 @@ class Data:
             ("data.columns", unknown, not unknown, f"names among {', '.join(FIELDS)}, each with a column of your file"),
             ("data.sources", strange, not strange, f"keys among {', '.join(sorted(keys))}"),
             ("data.official", self.official, self.official in (None, *SPLITS), f"null or one of {', '.join(SPLITS)}"),
-            ("data.id", self.id, not is_hub or bool(self.id), "a data set on the hub, owner/name, when data.source=hub"),
+            (
+                "data.id",
+                self.id,
+                not is_hub or bool(self.id),
+                "a data set on the hub, owner/name, when data.source=hub",
+            ),
             (
                 "data.revision",
                 self.revision,
