@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from stages.lib import chat, fewshot, generation, reading, records, scoring
 from stages.lib.measures import SCORES, applicable, library
 from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.pack import Labels
 
 Row = Mapping[str, Any]
 ARMS = ("base", "fewshot", "tuned")
@@ -154,7 +155,7 @@ def _question(tokenizer: PreTrainedTokenizerFast, row: Row, examples: Sequence[R
     *asked, expected = turns
     conversation = fewshot.conversation(examples, asked)
     prompt = chat.prompt_ids(tokenizer, conversation, row["tools"])
-    labels = chat.encode(tokenizer, [*conversation, expected], row["tools"]).labels[len(prompt) :]
+    labels = chat.encode(tokenizer, [*conversation, expected], row["tools"], labels=Labels.last_turn).labels
     answer = [int(label) for label in labels if label != chat.IGNORED]
     calls = "tool_calls" in expected
     reference = tokenizer.decode(answer, skip_special_tokens=True) if calls else expected["content"]

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.lib import chat, records
 from stages.lib.errors import DataError
+from stages.lib.schema.pack import Labels
 
 Row = Mapping[str, Any]
 
@@ -34,7 +35,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> chat.Encoded:
     if row["kind"] == "unpaired" and row["label"] != "true":
         raise chat.UnusableConversation("unwanted", "an answer that is marked as not wanted")
     turns = records.conversation(row)
-    return chat.encode_text(tokenizer, row["text"]) if turns is None else chat.encode(tokenizer, turns, row["tools"])
+    if turns is None:
+        return chat.encode_text(tokenizer, row["text"])
+    return chat.encode(tokenizer, turns, row["tools"], labels=Labels.last_turn)
 
 
 def conversations(splits: Path, tokenizer: PreTrainedTokenizerFast, count: int) -> list[list[int]]:
