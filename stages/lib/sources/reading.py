@@ -23,7 +23,8 @@ from stages.lib.sources import hub, json_text, places, python_docs, tables, url
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 1024
-HEAD_BYTES = 4096
+HEAD_BYTES = 64 << 10
+MARK = b"\xef\xbb\xbf"  # of byte order, before UTF-8
 
 MAGIC = {
     b"PAR1": "parquet",
@@ -32,7 +33,7 @@ MAGIC = {
     b"FEA1": "feather version 1",
     b"PK\x03\x04": "zip",
     b"\x1f\x8b": "gzip",
-    **{b"BZh%d1AY" % level: "bzip2" for level in range(1, 10)},
+    **{b"BZh%d%b" % (level, block): "bzip2" for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")},
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"%PDF": "pdf",
@@ -193,12 +194,14 @@ def _checked_kind(path: Path, name: str, key: str) -> tuple[str, str | None]:
         raise DataError(
             f"{name}: found {held or 'no'} data in it, expected {compression}, as its name says. Change {key}."
         )
-    if len(start) < HEAD_BYTES and not start.removeprefix(b"\xef\xbb\xbf").strip():
+    if len(start) < HEAD_BYTES and not start.removeprefix(MARK).strip():
         raise DataError(f"{name}: is empty, expected rows. Change {key}.")
     if held != (kind if kind in ("parquet", "arrow") else None):
         raise DataError(f"{name}: found {held or 'no'} data in it, expected {kind}, as its name says. Change {key}.")
-    if kind == "json" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+    if kind == "json" and start.removeprefix(MARK).lstrip()[:1] == b"{":
         kind = "jsonl"
+    if kind == "jsonl":
+        _check_lines(start.removeprefix(MARK), name)
     return kind, compression
 
 
@@ -237,13 +240,10 @@ def _unpacking(path: Path, compression: str) -> Iterator[BinaryIO]:
 
 def _lines(stream: BinaryIO, source: str, name: str) -> Iterator[Block]:
     """Blocks of whole lines, about BLOCK_BYTES each; a line too long to be held is a block of one rejection."""
-    first, held, is_skipping, is_last = 1, b"", False, False
+    first, held, is_skipping, is_last = 1, stream.read(len(MARK)).removeprefix(MARK), False, False
     while not is_last:
         chunk = stream.read(BLOCK_BYTES)
         is_last = len(chunk) < BLOCK_BYTES
-        if first == 1 and not held:
-            chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            _check_lines(chunk, name)
         if is_skipping:  # to the end of a line that is too long
             _, line_end, chunk = chunk.partition(b"\n")
             if not line_end:
