@@ -8,12 +8,13 @@ Nothing here asks anybody: the same seeds, responses and settings give the same 
 
 import random
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.lib import cleaning, dedup, records
+from stages.lib import cleaning, records
 
 SOURCE = "synthetic"
 INSTRUCTION, ANSWER = "### Instruction", "### Answer"
@@ -30,6 +31,7 @@ _WISH = (
     f"Write one more instruction of this kind, about something else, and its correct answer: the line {INSTRUCTION}, "
     f"below it the instruction, then the line {ANSWER}, below it the answer."
 )
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[-+*/=<>^%&|~@]")  # no blanks: a character is a word
 _UNPRINTABLE = re.compile(r"[\x00\ud800-\udfff]")
 
 
@@ -180,7 +182,7 @@ class Sieve:
         """What is wrong with a pair by itself."""
         if not instruction or not answer or _UNPRINTABLE.search(instruction + answer):
             return "format"
-        asked, said = dedup.words(instruction), dedup.words(answer)
+        asked, said = _words(instruction), _words(answer)
         if not MIN_INSTRUCTION_WORDS <= len(asked) <= MAX_INSTRUCTION_WORDS:
             return "length"
         if len(said) >= MIN_WORDS_TO_REPEAT:
@@ -222,8 +224,13 @@ class _Known:
         return next((what for what in ("test", "seed", "duplicate") if what in found), None)
 
 
+def _words(text: str) -> list[str]:
+    """Words without case and punctuation; signs, which change what is said, are kept."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
 def _shingles(text: str) -> frozenset[str]:
-    words = dedup.words(text) or [text]
+    words = _words(text) or [text]
     return frozenset(" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1)))
 
 
