@@ -24,9 +24,9 @@ _SERVING = (
     r"(?:help|assist|provide|fulfill?|comply|answer|generate|create|write|complete|engage|discuss|support|do that|"
     r"process|access|browse|offer|produce|give|respond|continue|participate|share|perform)"
 )
-_SORRY = r"(?:(?:i'm|i am|we're) (?:very |so |really )?sorry\b.{0,40}?|(?:i|my) apolog\w+\b.{0,40}?|sorry\b,?)"
-_REFUSAL = re.compile(
-    rf"(?:{_SORRY}|unfortunately,?|but,?|and,?|\s)*"
+_SORRY = r"(?:(?:(?:i'm|i am|we're) )?(?:very |so |really )?sorry\b|(?:i|my) apolog\w+\b|unfortunately\b)"
+_REFUSAL = re.compile(  # one open stretch at most of each kind: more of them could be divided in too many ways
+    rf"(?:(?:but|and) )?(?:{_SORRY}[^.!?]{{0,60}}?\b)?"
     r"(?:(?:as|i'm|i am|i'm just|i am just) an? (?:ai|(?:large )?language model)\b[^.!?]{0,80}?"
     rf"\b(?:i (?:do not|don't|am not|have no|lack)\b|{_UNABLE}).*|{_UNABLE}(?: \w+ly)? {_SERVING}\b.*)",
     re.DOTALL,

@@ -1,6 +1,7 @@
 """Cleaning: each switch changes or rejects what it says, counts it, and shows nothing of what it found."""
 
 import dataclasses
+import time
 from collections import Counter
 from typing import Any
 
@@ -206,6 +207,15 @@ def test_an_answer_of_nothing_but_a_refusal_is_counted_or_rejected(answer: str) 
 )
 def test_an_answer_that_says_something_is_no_refusal(answer: str) -> None:
     assert not cleaning.is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "piece", ["I'm sorry ", "sorry, as an AI ", "As an AI I'm an ai ", "I cannot. ", "sorry but and "]
+)
+def test_apologies_without_end_take_no_longer_than_a_moment(piece: str) -> None:
+    started = time.process_time()
+    cleaning.is_refusal((piece * 100)[: cleaning.MAX_REFUSAL_CHARS])
+    assert time.process_time() - started < 0.2
 
 
 def test_a_refusal_that_is_the_unwanted_answer_is_kept() -> None:
