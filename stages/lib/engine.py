@@ -32,9 +32,7 @@ def workers() -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 2
-) -> Iterator[Result]:
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 2) -> Iterator[Result]:
     """function(item) for each item, in order; at most `ahead` items a worker are held at once.
 
     Args: function: importable by name, or a functools.partial of such a one; it must depend on its arguments alone.
