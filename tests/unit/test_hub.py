@@ -116,10 +116,23 @@ def test_a_hub_out_of_reach_is_one_message(stub: Hub, tmp_path: Path, monkeypatc
 def test_data_files_of_one_split_are_fetched(stub: Hub, tmp_path: Path) -> None:
     names = ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet", "README.md", "train.py")
     stub.files["datasets/maker/data"] = dict.fromkeys(names, b"x")
-    (found,) = hub.fetch_data("maker/data", COMMIT, "train", tmp_path)
-    assert found == tmp_path / "data/train-00000-of-00001.parquet"
-    with pytest.raises(ExternalError, match=r"of split 'dev', found data/test.*data\.split"):
-        hub.fetch_data("maker/data", COMMIT, "dev", tmp_path)
+    ((file, name),) = hub.fetch_data("maker/data", COMMIT, "train")
+    assert (name, file.read_bytes()) == ("data/train-00000-of-00001.parquet", b"x")
+    with pytest.raises(ExternalError, match=r"of split 'dev' .* found data/test.*data\.split"):
+        hub.fetch_data("maker/data", COMMIT, "dev")
+
+
+def test_a_data_set_that_was_fetched_is_read_again_without_the_hub_but_only_whole(
+    stub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.files["datasets/maker/data"] = {"train.jsonl": b"1", "train.csv.gz": b"2", "test.jsonl": b"3"}
+    fetched = hub.fetch_data("maker/data", COMMIT, "train")
+    assert [name for _, name in fetched] == ["train.csv.gz", "train.jsonl"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the retries
+    assert hub.fetch_data("maker/data", COMMIT, "train") == fetched
+    with pytest.raises(ExternalError, match=r"out of reach.*data=local"):
+        hub.fetch_data("maker/data", COMMIT, "test")
 
 
 CONF = """# A model.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.lib.errors import DataError
-from stages.lib.rows import Rejection, Unfit
+from stages.lib.rows import Unfit, Unparsed
 from stages.lib.sources import python_docs
 
 MODULE = '''
@@ -61,17 +61,21 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rows_of(max_chars: int = 1000) -> tuple[list[dict[str, Any]], list[Rejection]]:
+def rows_of(max_chars: int = 1000) -> tuple[list[dict[str, Any]], list[tuple[str, Unparsed]]]:
     found = list(python_docs.rows(["toy"], max_chars))
-    return [row for row in found if isinstance(row, dict)], [row for row in found if isinstance(row, Rejection)]
+    rows = [row for _, row in found if not isinstance(row, Unparsed)]
+    return rows, [(where, row) for where, row in found if isinstance(row, Unparsed)]
 
 
 def test_a_package_is_read_without_being_imported_and_its_tests_are_left_out(toy: Path) -> None:
     rows, rejected = rows_of()
-    assert [json.loads(row["meta"])["function"] for row in rows] == ["toy.Table.total", "toy.Table.total", "toy.twice"]
+    assert [row["meta"]["function"] for row in rows] == ["toy.Table.total", "toy.Table.total", "toy.twice"]
     assert [row["task"] for row in rows] == ["parameters", "summary", "summary"]
     assert [row["group"] for row in rows] == ["toy.Table", "toy.Table", "toy"]
-    assert [(row.where, row.code) for row in rejected] == [("toy/__init__.py:34", "summary/no_body")]
+    assert [row["source"] for row in rows] == ["toy"] * 3
+    assert [(where, row.code, row.row) for where, row in rejected] == [
+        ("toy/__init__.py:34", "summary/no_body", "toy.bare")
+    ]
 
 
 def test_the_parameters_answer_is_names_and_types_of_the_section(toy: Path) -> None:
@@ -91,8 +95,8 @@ def test_the_summary_prompt_is_signature_and_body_without_docstring_and_decorato
 
 def test_a_row_longer_than_configured_is_rejected_with_its_length(toy: Path) -> None:
     _, rejected = rows_of(max_chars=100)
-    assert {row.code for row in rejected} >= {"parameters/too_long"}
-    assert any("data.max_chars is 100" in row.reason for row in rejected)
+    assert {row.code for _, row in rejected} >= {"parameters/too_long"}
+    assert any("data.max_chars is 100" in row.reason for _, row in rejected)
 
 
 def test_a_source_that_is_no_python_is_rejected_and_the_rest_is_read(toy: Path) -> None:
@@ -100,7 +104,7 @@ def test_a_source_that_is_no_python_is_rejected_and_the_rest_is_read(toy: Path) 
     (toy / "toy" / "broken.py").write_bytes(b"x = '\xa4'")
     (toy / "toy-1.0.dist-info" / "RECORD").write_text("toy/broken.py,,\ntoy/__init__.py,,\n")
     rows, rejected = rows_of()
-    assert ("toy/broken.py:1", "unreadable_file") in [(row.where, row.code) for row in rejected]
+    assert ("toy/broken.py:1", "unreadable_file") in [(where, row.code) for where, row in rejected]
     assert len(rows) == 3
 
 

@@ -8,16 +8,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from httpx2 import HTTPError  # what huggingface_hub raises for a broken connection
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from stages.lib import files
 from stages.lib.errors import ConfigError, ExternalError, ModelError
+from stages.lib.sources import places
 
 MODEL_FILES = (
     "config.json",
@@ -37,8 +39,6 @@ MODEL_FILES = (
     "NOTICE*",
 )
 """What a model folder needs beside its weights; no code, no other framework's copy of the weights."""
-
-DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
 
 
 def resolve(id: str, reference: str | None, *, kind: str) -> str:
@@ -81,30 +81,26 @@ def fetch_model(id: str, revision: str, folder: Path, *, license_url: str) -> No
             shutil.copyfile(_download(id, revision, name, kind="model"), folder / name)
 
 
-def fetch_data(id: str, revision: str, split: str | None, folder: Path) -> list[Path]:
-    """Copy the data files of one commit of a data set whose names mention `split` (all of them for None) into `folder`.
+def fetch_data(id: str, revision: str, split: str | None) -> list[tuple[Path, str]]:
+    """The data files of one commit of a data set whose names mention `split` (all of them for None).
 
-    Returns: the files, sorted by their name in the repository.
+    What was fetched once is read again without the hub: a commit never changes, so neither does its list of files.
+
+    Returns: (file in the hub's own cache, its name in the repository), sorted by name.
     Raises: ExternalError, when the hub refuses or is out of reach, or no file of a known format is there.
     """
     page = f"https://huggingface.co/datasets/{id}"
     with _explained(id, revision, kind="dataset", license_url=page):
         held = _names(id, revision, kind="dataset")
-        tables = [name for name in held if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
+        tables = [name for name in held if places.kind(name)]
         chosen = [name for name in tables if split is None or split in _words(name)]
         if not chosen:
             raise ExternalError(
-                f"{id}@{revision[:8]}: no {', '.join(DATA_FILES)} file of split {split!r}, found "
+                f"{id}@{revision[:8]}: no file of split {split!r} ({', '.join(places.KINDS)}), found "
                 f"{', '.join(tables[:6]) or 'no such file at all'}. "
                 "Change data.split (null takes every file) or data.id."
             )
-        copies = []
-        for name in chosen:
-            copy = folder / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_download(id, revision, name, kind="dataset"), copy)
-            copies.append(copy)
-        return copies
+        return [(_download(id, revision, name, kind="dataset"), name) for name in chosen]
 
 
 def _words(name: str) -> set[str]:
@@ -124,7 +120,13 @@ def _token() -> str | bool:
 
 
 def _names(id: str, revision: str, *, kind: str) -> list[str]:
-    return sorted(_api().list_repo_files(id, revision=revision, repo_type=kind))
+    """The files of a commit, sorted; the list is kept beside them in the hub's cache."""
+    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=id, repo_type=kind), "listings", f"{revision}.json")
+    if kept.exists():
+        return list(files.read_json(kept))
+    names = sorted(_api().list_repo_files(id, revision=revision, repo_type=kind))
+    files.write_json(kept, names)
+    return names
 
 
 def _download(id: str, revision: str, name: str, *, kind: str) -> Path:

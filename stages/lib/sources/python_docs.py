@@ -18,9 +18,8 @@ from typing import Any
 
 import griffe
 
-from stages.lib import records
 from stages.lib.errors import DataError
-from stages.lib.rows import Rejection, Unfit, rejection
+from stages.lib.rows import Unfit, Unparsed
 
 PARAMETERS_INSTRUCTION = 'Give the parameters as a JSON object {"name": "type"}, without defaults.'
 SUMMARY_INSTRUCTION = "Summarize this function in one line."
@@ -50,8 +49,13 @@ class Function:
     arguments: frozenset[str]
 
 
-def rows(packages: Sequence[str], max_chars: int) -> Iterator[dict[str, Any] | Rejection]:
-    """All rows of the packages, in the order of package, file and line; what is unfit comes as a Rejection.
+Found = tuple[str, Any]  # (`file:line`, a row or the Unparsed that tells why there is none)
+
+
+def rows(packages: Sequence[str], max_chars: int) -> Iterator[Found]:
+    """All rows of the packages with their places, in the order of package, file and line.
+
+    A row has messages, group (what the function belongs to), task, source (its package) and meta (its name).
 
     Args: packages: names as in the lock file. max_chars: longest prompt and answer together, characters.
     Raises: DataError, when a package is not installed.
@@ -60,17 +64,17 @@ def rows(packages: Sequence[str], max_chars: int) -> Iterator[dict[str, Any] | R
     try:
         for package in packages:
             for function in functions(package):
-                if isinstance(function, Rejection):
+                if not isinstance(function, Function):
                     yield function
                     continue
                 if parameters_section(function.docstring):
-                    yield _checked(function, "parameters", parameters_row, max_chars)
-                yield _checked(function, "summary", summary_row, max_chars)
+                    yield function.where, _checked(function, "parameters", parameters_row, max_chars)
+                yield function.where, _checked(function, "summary", summary_row, max_chars)
     finally:
         gc.unfreeze()
 
 
-def functions(package: str) -> Iterator[Function | Rejection]:
+def functions(package: str) -> Iterator[Function | Found]:
     """Documented functions and methods of an installed package, file by file and line by line.
 
     Files are visited one by one: loading whole packages resolves every alias between them and takes ten times as long.
@@ -95,7 +99,7 @@ def functions(package: str) -> Iterator[Function | Rejection]:
                 code = file.read()
             visited = griffe.visit(module, filepath=path, code=code, docstring_parser="numpy")
         except (SyntaxError, UnicodeDecodeError) as fault:
-            yield rejection(f"{source}:1", Unfit("unreadable_file", f"no Python source ({fault})"), module)
+            yield f"{source}:1", Unparsed("unreadable_file", f"no Python source ({fault})", module)
             continue
         yield from _functions_of(visited, package, source, code.splitlines())
 
@@ -129,21 +133,20 @@ def without_docstring(member: griffe.Function, lines: Sequence[str]) -> str:
     return textwrap.dedent("\n".join(line for line in [*head, *body] if line.strip()))
 
 
-def _checked(function: Function, task: str, make: Any, max_chars: int) -> dict[str, Any] | Rejection:
+def _checked(function: Function, task: str, make: Any, max_chars: int) -> dict[str, Any] | Unparsed:
     try:
         prompt, answer = make(function)
         if (length := len(prompt) + len(answer)) > max_chars:
             raise Unfit("too_long", f"{length} characters, data.max_chars is {max_chars}")
     except Unfit as unfit:
-        named = Unfit(f"{task}/{unfit.code}", unfit.reason)
-        return rejection(function.where, named, f"{function.owner}.{function.name}")
-    return records.make(
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-        group=function.owner,
-        source=function.package,
-        task=task,
-        meta={"function": f"{function.owner}.{function.name}"},
-    )
+        return Unparsed(f"{task}/{unfit.code}", unfit.reason, f"{function.owner}.{function.name}")
+    return {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+        "group": function.owner,
+        "source": function.package,
+        "task": task,
+        "meta": {"function": f"{function.owner}.{function.name}"},
+    }
 
 
 def parameters_row(function: Function) -> tuple[str, str]:
