@@ -76,8 +76,9 @@ def too_few(name: str, data: Data, tally: Tally) -> str:
     codes = ", ".join(f"{count} {code}" for code, count in codes_of(tally.counts))
     if rejected == total:
         return (
-            f"{place}: none of {total} rows can be used ({codes}), expected conversations that end with an answer, or "
-            f"another format of data/README.md.{first}\nMend the rows, or change data.format, data.columns or data.path."
+            f"{place}: none of {total} rows can be used ({codes}), expected conversations that end with an answer, "
+            f"or another format of data/README.md.{first}\n"
+            "Mend the rows, or change data.format, data.columns or data.path."
         )
     if rejected > data.max_rejected_fraction * total:
         return (

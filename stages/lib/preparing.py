@@ -29,8 +29,8 @@ def prepared(block: reading.Block, data: Mapping[str, Data], templates: Mapping[
     """The records of a block, in its order, and what was kept out.
 
     Args: data: settings by the name of the source (Data.each). templates: of all of them (formats.templates).
-    Returns: counts of rows/{in,out,rejected}, rows/out/<task>, rejected/<code>, format/<format>, source/<name>/{in,out},
-        and of what cleaning found; they add up over blocks.
+    Returns: counts of rows/{in,out,rejected}, rows/out/<task>, rejected/<code>, format/<format>,
+        source/<name>/{in,out}, and of what cleaning found; they add up over blocks.
     """
     settings = data[block.source]
     counts: Counter[str] = Counter()

@@ -38,11 +38,11 @@ RECORD = pa.schema(
     preference   the prompt                  chosen, rejected: the turns that may follow
     unpaired     ... ends with an answer     label: "true" (wanted) or "false"
 
-A turn has role and content; an assistant's may have tool_calls, a tool's tool_call_id and name. tools, tool_calls and meta
-are JSON text; a call is {"type": "function", "function": {"name", "arguments": {...}}, perhaps "id"}, a tool is
+A turn has role and content; an assistant's may have tool_calls, a tool's tool_call_id and name. tools, tool_calls and
+meta are JSON text; a call is {"type": "function", "function": {"name", "arguments": {...}}, perhaps "id"}, a tool is
 {"type": "function", "function": {"name", ...}}. An assistant that only calls tools has no content. split is the
-official one, where the data name it; group "" stands for a row of its own. source is the file, or the name in data.sources
-where there are several.
+official one, where the data name it; group "" stands for a row of its own. source is the file, or the name in
+data.sources where there are several.
 """
 
 TURNS = ("messages", "chosen", "rejected")
