@@ -77,6 +77,24 @@ class Clean:
     max_answer_ratio: float | None  # answer's characters per character of what it answers
     languages: list[str]  # ISO 639-1 codes of the languages kept; empty: all
 
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.pii) - {"email", "phone", "card", "iban", "key"})
+        words = [code for code in self.languages if not re.fullmatch(r"[a-z]{2,3}", code)]
+        most, ratio = self.max_answer_chars, self.max_answer_ratio
+        check_values(
+            ("data.clean.pii", strange, not strange, "kinds among email, phone, card, iban, key"),
+            ("data.clean.refusals", str(self.refusals), self.refusals is not Policy.redact, "ignore, count or reject"),
+            ("data.clean.languages", words, not words, "ISO 639-1 codes such as en, de, zh"),
+            ("data.clean.min_answer_chars", self.min_answer_chars, self.min_answer_chars >= 0, "0 or more characters"),
+            (
+                "data.clean.max_answer_chars",
+                most,
+                most is None or most >= max(1, self.min_answer_chars),
+                "null, or at least data.clean.min_answer_chars",
+            ),
+            ("data.clean.max_answer_ratio", ratio, ratio is None or ratio > 0, "null, or above 0"),
+        )
+
 
 @dataclass
 class Noise:
@@ -86,6 +104,14 @@ class Noise:
     rate: float  # of the words in a user's turn that get a slip
     kinds: list[str]  # typo, case, spacing
     seed: int
+
+    def __post_init__(self) -> None:
+        strange = sorted(set(self.kinds) - {"typo", "case", "spacing"})
+        check_values(
+            ("data.noise.fraction", self.fraction, 0 <= self.fraction <= 1, "between 0 and 1"),
+            ("data.noise.rate", self.rate, 0 < self.rate <= 1, "above 0, at most 1"),
+            ("data.noise.kinds", self.kinds, bool(self.kinds) and not strange, "some of typo, case, spacing"),
+        )
 
 
 @dataclass
