@@ -83,13 +83,9 @@ def detected(row: Row) -> Format:
 
     Raises: Unfit, when they are none's.
     """
-    for keys in ({key for key, value in row.items() if value is not None}, set(row)):
-        if {"chosen", "rejected"} <= keys:
-            return Format.preference
-        if format := _conversational(keys):
-            return Format.unpaired if "label" in row else format
-        if "text" in keys:
-            return Format.classification if "label" in row else Format.text
+    format = _known(_filled(row), "label" in row) or _known(frozenset(row), "label" in row)
+    if format:
+        return format
     known = {**CONVERSATIONS, Format.preference: ("chosen", "rejected"), Format.text: ("text",)}
     forms = "; ".join(f"{format}: {', '.join(keys)}" for format, keys in known.items())
     raise Unfit(
@@ -99,7 +95,18 @@ def detected(row: Row) -> Format:
     )
 
 
-def _conversational(keys: set[str]) -> Format | None:
+@functools.lru_cache
+def _known(keys: frozenset[str], has_label: bool) -> Format | None:
+    if keys.issuperset(("chosen", "rejected")):
+        return Format.preference
+    if format := _conversational(keys):
+        return Format.unpaired if has_label else format
+    if "text" in keys:
+        return Format.classification if has_label else Format.text
+    return None
+
+
+def _conversational(keys: frozenset[str]) -> Format | None:
     return next((format for format, needed in CONVERSATIONS.items() if keys.issuperset(needed)), None)
 
 
@@ -322,8 +329,8 @@ def _field(row: Row, key: str) -> Any:
     return row[key]
 
 
-def _filled(row: Row) -> set[str]:
-    return {key for key, value in row.items() if value is not None}
+def _filled(row: Row) -> frozenset[str]:
+    return frozenset([key for key, value in row.items() if value is not None])
 
 
 def _keys(row: Row) -> str:
