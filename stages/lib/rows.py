@@ -136,7 +136,7 @@ def _turn(number: int, message: Any) -> dict[str, Any]:
         turn["content"] = content  # a tool may have nothing to say
     elif not (role == "assistant" and calls):
         raise Unfit("empty_answer" if role == "assistant" else "empty_turn", f"turn {number} ({role}) is empty")
-    if len(message) == 2:
+    if len(message) == 2 and not calls:
         return turn
     if role == "assistant":
         thoughts = message.get("reasoning_content")
