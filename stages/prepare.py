@@ -4,19 +4,21 @@ Writes data/prepared (records as Parquet shards, rejected.jsonl) and metrics/pre
 """
 
 import dataclasses
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import functools
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from stages.lib import engine, files, records, stage, tracking
+from stages.lib import engine, environment, files, formats, pii, preparing, progress, records, stage, tracking
 from stages.lib.errors import DataError
 from stages.lib.rows import Rejection
 from stages.lib.schema.data import Data, Source
-from stages.lib.sources import hub, local_file, python_docs
+from stages.lib.sources import reading
 
-ROWS_PER_SHARD = 50_000
+FIRST = 5  # rejections that a message shows
 
 
 @dataclasses.dataclass
@@ -25,58 +27,93 @@ class Params:
 
 
 def main(p: Params) -> None:
-    rows: list[dict[str, Any]] = []
-    rejected: list[Rejection] = []
-    for row in read(p.data):
-        rejected.append(row) if isinstance(row, Rejection) else rows.append(row)
-    if not rows:
-        raise DataError(nothing_usable(p.data, rejected))
+    sources, templates = p.data.each(), formats.templates(p.data)
+    work = functools.partial(preparing.prepared, data=sources, templates=templates)
+    outcomes = engine.ordered_map(work, reading.blocks(p.data))
     with files.replacing(Path("data/prepared")) as folder:
-        for number, start in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-            shard = rows[start : start + ROWS_PER_SHARD]
-            files.write_rows(folder / f"rows-{number:05d}.parquet", shard, records.RECORD)
-        files.write_jsonl(folder / "rejected.jsonl", [dataclasses.asdict(row) for row in rejected])
-    tracking.report("prepare", metrics(rows, rejected))
+        tallies = write(folder, progress.rows(outcomes, what="prepare", size=lambda outcome: outcome.counts["rows/in"]))
+        if faults := [fault for name, data in sources.items() if (fault := too_few(name, data, tallies[name]))]:
+            raise DataError("\n".join([*faults, where_they_are(folder / "rejected.jsonl")]))
+    tracking.report("prepare", metrics(tallies))
 
 
-def read(data: Data) -> Iterator[dict[str, Any] | Rejection]:
-    """Every row of the configured source, as a record or as a rejection, in the order of the source."""
-    if data.source is Source.python_docs:
-        yield from python_docs.rows(data.packages, data.max_chars)
-    elif data.source is Source.local:
-        path = Path(data.path)
-        yield from local_file.records_of(path, data.format, data.columns, data.max_chars, name=path.name)
-    else:
-        id, revision = data.pinned()
-        with tempfile.TemporaryDirectory() as folder:
-            for copy in hub.fetch_data(id, revision, data.split, Path(folder)):
-                name = copy.relative_to(folder).as_posix()
-                yield from local_file.records_of(copy, data.format, data.columns, data.max_chars, name=name)
+@dataclasses.dataclass
+class Tally:
+    """What one source came to: its counts, and the first of its rejections."""
+
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    first: list[Rejection] = dataclasses.field(default_factory=list)
 
 
-def nothing_usable(data: Data, rejected: list[Rejection]) -> str:
-    """The message for a source without one usable row: the first rejections, and what can be changed."""
-    place = {Source.local: data.path, Source.hub: data.id, Source.python_docs: ", ".join(data.packages)}[data.source]
-    if not rejected:
+def write(folder: Path, outcomes: Iterable[preparing.Outcome]) -> Mapping[str, Tally]:
+    """Write records and rejections as they come, in bounded memory. Returns: by source."""
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    folder.mkdir()
+    with records.Shards(folder) as shards, (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
+        for outcome in outcomes:
+            shards.write(outcome.table)
+            for row in outcome.rejected:
+                rejected.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False, sort_keys=True) + "\n")
+            tally = tallies[outcome.source]
+            tally.counts.update(outcome.counts)
+            tally.first += outcome.rejected[: FIRST - len(tally.first)]
+    return tallies
+
+
+def too_few(name: str, data: Data, tally: Tally) -> str:
+    """The message for a source of which nothing, or less than promised, can be used; empty for any other."""
+    total, rejected = tally.counts["rows/in"], tally.counts["rows/rejected"]
+    place = {
+        Source.local: data.path,
+        Source.hub: str(data.id),
+        Source.url: str(data.url),
+        Source.python_docs: ", ".join(data.packages),
+    }[data.source]
+    place = f"data.sources.{name} ({place})" if name else place
+    if not total:
         return f"{place}: holds no row. Change data.path."
-    first = "".join(f"\n  {row.where}: {row.code}: {row.reason}" for row in rejected[:5])
-    return (
-        f"{place}: none of {len(rejected)} rows can be used, expected conversations that end with an answer."
-        f"{first}\nMend the rows, or change data.format, data.columns or data.path."
-    )
+    first = "".join(f"\n  {shown(row)}" for row in tally.first)
+    codes = ", ".join(f"{count} {code}" for code, count in codes_of(tally.counts))
+    if rejected == total:
+        return (
+            f"{place}: none of {total} rows can be used ({codes}), expected conversations that end with an answer, "
+            f"or another format of data/README.md.{first}\n"
+            "Mend the rows, or change data.format, data.columns or data.path."
+        )
+    if rejected > data.max_rejected_fraction * total:
+        return (
+            f"{place}: {rejected} of {total} rows cannot be used ({codes}), data.max_rejected_fraction is "
+            f"{data.max_rejected_fraction:g}.{first}\nMend the rows, or raise data.max_rejected_fraction to "
+            f"{math.ceil(100 * rejected / total) / 100:g}."
+        )
+    return ""
 
 
-def metrics(rows: list[dict[str, Any]], rejected: list[Rejection]) -> dict[str, float]:
-    """rows/in = rows/out + rejected; by task and by reason."""
-    tasks = Counter(row["task"] for row in rows)
-    codes = Counter(row.code for row in rejected)
-    return {
-        "rows/in": len(rows) + len(rejected),
-        "rows/out": len(rows),
-        "rows/rejected": len(rejected),
-        **{f"rows/out/{task}": count for task, count in tasks.items()},
-        **{f"rejected/{code}": count for code, count in codes.items()},
-    }
+def codes_of(counts: Counter[str]) -> list[tuple[str, int]]:
+    """(code, rows rejected for it), most frequent first."""
+    codes = [(key.removeprefix("rejected/"), n) for key, n in counts.items() if key.startswith("rejected/")]
+    return sorted(codes, key=lambda pair: (-pair[1], pair[0]))
+
+
+def shown(row: Rejection) -> str:
+    """A rejection in a message: messages are logged, so that nothing personal may stand in them."""
+    return f"{row.where}: {row.code}: {pii.redacted(row.reason, list(pii.found(row.reason)))}"
+
+
+def where_they_are(rejected: Path) -> str:
+    """Save the rejections from a run that failed."""
+    kept = environment.root() / "runs/rejected.jsonl"
+    kept.parent.mkdir(exist_ok=True)
+    shutil.copyfile(rejected, kept)
+    return "All rejected rows are in runs/rejected.jsonl."
+
+
+def metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    """rows/in = rows/out + each reason; by task, format and source, and what cleaning found."""
+    total: Counter[str] = Counter()
+    for tally in tallies.values():
+        total.update(tally.counts)
+    return dict(total)
 
 
 if __name__ == "__main__":

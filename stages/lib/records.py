@@ -1,6 +1,7 @@
 """The record: one row of data as every stage after `prepare` sees it."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,9 +41,15 @@ RECORD = pa.schema(
     unpaired     ... ends with an answer     label: "true" (wanted) or "false"
 
 A turn has role and content; an assistant's may have tool_calls, a tool's tool_call_id and name. tools, tool_calls and
-meta are JSON text. split is the official one, where the data name it; group "" stands for a row of its own.
+meta are JSON text; a call is {"type": "function", "function": {"name", "arguments": {...}}, perhaps "id"}, a tool is
+{"type": "function", "function": {"name", ...}}. An assistant that only calls tools has no content. split is the
+official one, where the data name it; group "" stands for a row of its own. source is the file, or the name in
+data.sources where there are several.
 """
 
+TURNS = ("messages", "chosen", "rejected")
+ROWS_PER_GROUP = 10_000
+ROWS_PER_SHARD = 50_000  # a multiple of the rows in a group
 JSON_KEYS = ("tool_calls",)
 CONTENT = ("messages", "tools", "text", "chosen", "rejected", "label")
 
@@ -92,7 +99,9 @@ def digest(value: Any) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Records as the table that is written."""
-    return pa.Table.from_pylist([_encoded(row) for row in rows], schema=RECORD)
+    encode = {**dict.fromkeys(TURNS, _turn_lists), "tools": _json_texts, "meta": _json_texts}
+    columns = [encode.get(name, _texts)([row[name] for row in rows]) for name in RECORD.names]
+    return pa.Table.from_arrays(columns, schema=RECORD)
 
 
 def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
@@ -102,7 +111,58 @@ def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
 
 def rows(found: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """The records of a table, as `make` made them: turns without empty keys, tools and tool_calls as values."""
-    return [_decoded(row) for row in found.to_pylist()]
+    if isinstance(found, pa.Table):
+        return [row for batch in found.to_batches() for row in rows(batch)]
+    decode: dict[str, Any] = {**dict.fromkeys(TURNS, _lists_of_turns), "tools": _values, "meta": _values}
+    names = found.schema.names
+    columns = [decode.get(name, pa.Array.to_pylist)(found.column(name)) for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+class Shards:
+    """Records written to a folder as they come: rows-00000.parquet, ..., all but the last of ROWS_PER_SHARD rows.
+
+    The bytes depend on the rows alone, not on how they were cut into tables. Held in memory: ROWS_PER_GROUP rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.held: list[pa.Table] = []
+        self.count = 0
+        self.writer: pq.ParquetWriter | None = None
+        self.written = 0
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self.count and fault == (None, None, None):
+            self._write_group(pa.concat_tables(self.held))
+        self._close()
+
+    def write(self, rows: pa.Table) -> None:
+        self.held.append(rows)
+        self.count += rows.num_rows
+        if self.count >= ROWS_PER_GROUP:
+            held = pa.concat_tables(self.held)
+            while held.num_rows >= ROWS_PER_GROUP:
+                self._write_group(held.slice(0, ROWS_PER_GROUP))
+                held = held.slice(ROWS_PER_GROUP)
+            self.held, self.count = [held], held.num_rows
+
+    def _write_group(self, rows: pa.Table) -> None:
+        if self.writer is None:
+            path = self.folder / f"rows-{self.written // ROWS_PER_SHARD:05d}.parquet"
+            self.writer = pq.ParquetWriter(path, RECORD, compression="zstd")
+        self.writer.write_table(rows.combine_chunks(), row_group_size=rows.num_rows)
+        self.written += rows.num_rows
+        if self.written % ROWS_PER_SHARD == 0:
+            self._close()
+
+    def _close(self) -> None:
+        if self.writer:
+            self.writer.close()
+        self.writer = None
 
 
 def batches(path: Path, size: int = 10_000) -> Iterator[pa.RecordBatch]:
@@ -131,28 +191,48 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return [*row["messages"], *(row["chosen"] or [])]
 
 
-def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    turns = {
-        key: None if row[key] is None else [_turn(turn, _json) for turn in row[key]]
-        for key in ("messages", "chosen", "rejected")
-    }
-    tools = None if row["tools"] is None else _json(row["tools"])
-    return {**row, **turns, "tools": tools, "meta": _json(row["meta"])}
+def _texts(values: Sequence[str | None]) -> pa.Array:
+    return pa.array(values, pa.string())
 
 
-def _decoded(row: dict[str, Any]) -> dict[str, Any]:
-    for key in ("messages", "chosen", "rejected"):
-        if row[key] is not None:
-            row[key] = [_turn(turn, json.loads) for turn in row[key]]
-    row["tools"] = None if row["tools"] is None else json.loads(row["tools"])
-    row["meta"] = json.loads(row["meta"])
-    return row
+def _json_texts(values: Sequence[Any]) -> pa.Array:
+    return _texts([None if value is None else _json(value) for value in values])
 
 
-def _turn(turn: Mapping[str, Any], translate: Any) -> dict[str, Any]:
-    """A turn without its empty keys; an assistant that only calls tools keeps its content of None away."""
-    return {key: translate(value) if key in JSON_KEYS else value for key, value in turn.items() if value is not None}
+def _values(texts: pa.Array) -> list[Any]:
+    return [None if text is None else json.loads(text) for text in texts.to_pylist()]
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+def _turn_lists(lists: Sequence[Sequence[Mapping[str, Any]] | None]) -> pa.Array:
+    """[[t, t], None, [t]] -> turns t t t, a list beginning at 0, none, one beginning at 2."""
+    turns = [turn for turns in lists for turn in turns or ()]
+    ends = itertools.accumulate(len(turns or ()) for turns in lists)
+    starts = [0, *ends]
+    offsets = [None if turns is None else start for start, turns in zip(starts, lists, strict=False)]
+    fields = [
+        (_json_texts if field.name in JSON_KEYS else _texts)([turn.get(field.name) for turn in turns]) for field in TURN
+    ]
+    return pa.ListArray.from_arrays(
+        pa.array([*offsets, len(turns)], pa.int32()),
+        pa.StructArray.from_arrays(fields, fields=list(TURN)),
+        type=pa.list_(TURN),
+    )
+
+
+def _lists_of_turns(lists: pa.Array) -> list[list[dict[str, Any]] | None]:
+    held = lists.flatten()
+    turns: list[dict[str, Any]] = [{} for _ in range(len(held))]
+    for number, field in enumerate(TURN):
+        values = held.field(number)
+        if values.null_count < len(values):
+            for turn, value in zip(
+                turns, _values(values) if field.name in JSON_KEYS else values.to_pylist(), strict=True
+            ):
+                if value is not None:
+                    turn[field.name] = value
+    following = iter(turns)
+    lengths = lists.value_lengths().to_pylist()
+    return [None if length is None else list(itertools.islice(following, length)) for length in lengths]
+
+
+_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode

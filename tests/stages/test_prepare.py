@@ -7,29 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stages import prepare
-from stages.lib import files
+from stages.lib import files, records
 from stages.lib.errors import ConfigError, DataError
-from stages.lib.schema.data import Data, Format, Source
+from stages.lib.schema.data import Clean, Data, Format, Noise, Policy, Source, Unicode
+from tests.conftest import ROOT
 from tests.hub_stub import COMMIT, serving
 
 PAIR = {"prompt": "2+2?", "completion": "4"}
 
 
 def settings(**changes: Any) -> Data:
-    values: dict[str, Any] = {
-        "source": Source.local,
-        "path": "my.jsonl",
-        "format": Format.auto,
-        "columns": {},
-        "id": None,
-        "revision": None,
-        "split": None,
-        "packages": [],
-        "max_chars": 1000,
-    }
-    return Data(**(values | changes))
+    """conf/shared/data.yaml with what a test needs otherwise."""
+    shared = yaml.safe_load((ROOT / "conf/shared/data.yaml").read_text())
+    clean, noise = shared.pop("clean"), shared.pop("noise")
+    clean |= {"unicode": Unicode(clean["unicode"]), "refusals": Policy(clean["refusals"])}
+    clean["pii"] = {kind: Policy(policy) for kind, policy in clean["pii"].items()}
+    shared |= {"source": Source.local, "path": "my.jsonl", "format": Format.auto, "max_rejected_fraction": 0.99}
+    return Data(**shared | {"clean": Clean(**clean), "noise": Noise(**noise)} | changes)
 
 
 def run(**changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
@@ -57,7 +54,8 @@ def test_every_row_is_a_record_or_a_rejection_and_the_counts_add_up(in_tmp: Path
 
 
 def test_shards_hold_the_rows_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(records, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(records, "ROWS_PER_GROUP", 1)
     write(*({"prompt": f"{number}?", "completion": "yes"} for number in range(5)))
     rows, _, _ = run()
     assert [row["messages"][0]["content"] for row in rows] == ["0?", "1?", "2?", "3?", "4?"]
@@ -106,7 +104,6 @@ def test_a_data_set_of_the_hub_is_read_by_commit(in_tmp: Path, monkeypatch: pyte
     [
         ({"source": Source.hub, "id": "maker/data"}, r"data\.revision: found None.*make pin"),
         ({"source": Source.hub, "revision": COMMIT}, r"data\.id"),
-        ({"format": Format.csv}, r"data\.columns.*prompt and completion"),
         ({"columns": {"promt": "a"}}, r"data\.columns: found \['promt'\]"),
         ({"source": Source.python_docs}, r"data\.packages"),
         ({"max_chars": 0}, r"data\.max_chars"),

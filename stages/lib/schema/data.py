@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from pathlib import PurePosixPath
 from typing import Any
 
 from stages.lib.errors import check_values
@@ -10,9 +11,11 @@ from stages.lib.schema.split import SPLITS
 
 FIELDS = (  # what a row may carry, by the names `data.columns` gives to the user's columns
     "messages",
+    "conversations",
     "instruction",
     "input",
     "output",
+    "history",
     "prompt",
     "completion",
     "question",
@@ -56,7 +59,7 @@ class Unicode(StrEnum):
 
 class Policy(StrEnum):
     ignore = "ignore"  # not looked for
-    count = "count"  # kept and counted
+    count = "count"  # type: ignore[assignment]  # kept and counted; nobody asks a policy for str.count
     redact = "redact"
     reject = "reject"
 
@@ -153,6 +156,12 @@ class Data:
             ("data.sources", strange, not strange, f"keys among {', '.join(sorted(keys))}"),
             ("data.official", self.official, self.official in (None, *SPLITS), f"null or one of {', '.join(SPLITS)}"),
             (
+                "data.template",
+                self.template,
+                self.template is None or is_template(self.template),
+                "null or a Jinja file under conf/prompt, such as conf/prompt/alpaca.jinja",
+            ),
+            (
                 "data.id",
                 self.id,
                 not is_hub or bool(self.id),
@@ -192,6 +201,12 @@ class Data:
         if not self.sources:
             return {"": self}
         return {name: replace(self, sources={}, **_typed(entry)) for name, entry in sorted(self.sources.items())}
+
+
+def is_template(name: str) -> bool:
+    """Whether a name is that of a Jinja file under conf/prompt: `prepare` depends on that folder."""
+    path = PurePosixPath(name)
+    return path.is_relative_to("conf/prompt") and ".." not in path.parts and path.suffix == ".jinja"
 
 
 def _typed(entry: dict[str, Any]) -> dict[str, Any]:
