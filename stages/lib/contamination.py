@@ -255,11 +255,19 @@ class _Index:
         row, unit = keys // max(1, len(size)), keys % max(1, len(size))
         found = np.flatnonzero(counts >= min_overlap * size[unit] - 1e-9)
         row, held, share = row[found], self.row[unit[found]], counts[found] / size[unit[found]]
-        order = np.lexsort((held, -share, self.place[held], row))
+        order = np.lexsort((self._by_name(held), -share, self.place[held], row))
         row, held, share = row[order], held[order], share[order]
         is_first = np.ones(len(row), bool)
         is_first[1:] = (row[1:] != row[:-1]) | (self.place[held[1:]] != self.place[held[:-1]])
         return row[is_first], held[is_first], share[is_first]
+
+    def _by_name(self, held: Ints) -> Ints:
+        """Each held-out row's place in the order of their ids: equal matches are told apart by no order of rows."""
+        rows, place = np.unique(held, return_inverse=True)
+        names = [self.text(int(row))[1] for row in rows]
+        rank = np.empty(len(rows), np.int64)
+        rank[sorted(range(len(rows)), key=names.__getitem__)] = np.arange(len(rows))
+        return rank[place]
 
     def text(self, held: int) -> tuple[str, str, str]:
         """(place, id, whole text) of a held-out row."""
