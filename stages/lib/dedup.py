@@ -1,234 +1,301 @@
-"""Exact and near duplicates: MinHash finds candidate pairs, their exact Jaccard similarity decides.
+"""Exact and near duplicates: what of a row is compared, which rows repeat another, and which hang together by it.
 
 Two rows are compared by the set of their word shingles, without the wording that most rows of their task share.
 """
 
 import hashlib
-import math
-import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
 
 import numpy as np
-from rensa import RMinHash
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from stages.lib import records
 from stages.lib.schema.dedup import Dedup
 
-T = TypeVar("T", int, str)
-Row = Mapping[str, Any]
-Shingles = frozenset[int]  # 64-bit hashes of word n-grams
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
 
-MINHASH_SEED = 1  # of the candidate search alone: what is a duplicate does not depend on it
-MIN_ROWS_FOR_A_TEMPLATE = 10  # of a task: with fewer, "most rows" says nothing
-_WORD = re.compile(  # scripts without blanks: one character, one word; signs that change what is said; no punctuation
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+|[-+*/=<>^%&|~@]"
+PIECE_BYTES = 16 * 2**20  # of text whose words are found at once: bounds the memory, changes no result
+BLANK, WORD, SIGN = 0, 1, 2  # what a character is: between words, part of one, a word by itself
+SIGNS = "-+*/=<>^%&|~@"  # they change what is said; other punctuation does not
+ALONE = (  # scripts written without blanks, and Hangul, whose words are short: one character, one word
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # kana
+    (0x3400, 0x9FFF),  # Han
+    (0xAC00, 0xD7AF),  # Hangul
+    (0x20000, 0x3FFFF),  # Han, rare
 )
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """A row that is left out: which kept row it repeats (by id), how similar they are, in which cluster, and why."""
+class Ngrams:
+    """Sets of 64-bit hashes, one a row: those of row i are grams[offsets[i]:offsets[i + 1]], ascending and distinct.
 
-    id: str
-    kept_id: str | None
-    score: float | None
-    cluster: str
-    reason: str
-    task: str
-    source: str
+    offsets: int64 (rows + 1,), from 0; grams: uint64 (total,).
+    """
+
+    offsets: Ints
+    grams: Hashes
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Ints:
+        return np.diff(self.offsets)
+
+    def of(self, row: int) -> Hashes:
+        return self.grams[self.offsets[row] : self.offsets[row + 1]]
+
+    def take(self, rows: Ints) -> "Ngrams":
+        """The sets of these rows, in this order."""
+        sizes = self.sizes[rows]
+        return Ngrams(starts(sizes), self.grams[ranges(self.offsets[:-1][rows], sizes)])
 
     @classmethod
-    def of(
-        cls,
-        row: Row,
-        clusters: Mapping[str, str],
-        reason: str,
-        kept_id: str | None = None,
-        score: float | None = None,
-    ) -> "Dropped":
-        return cls(row["id"], kept_id, score, clusters[row["id"]], reason, row["task"], row["source"])
+    def joined(cls, parts: Sequence["Ngrams"]) -> "Ngrams":
+        """The sets of several parts, one after another."""
+        sizes = [part.sizes for part in parts] or [np.zeros(0, np.int64)]
+        grams = [part.grams for part in parts] or [np.zeros(0, np.uint64)]
+        return cls(starts(np.concatenate(sizes)), np.concatenate(grams))
 
 
 @dataclass(frozen=True)
-class Deduplicated:
-    kept: list[Row]  # by id
-    dropped: list[Dropped]  # by id
-    clusters: dict[str, str]  # id of every row -> the smallest id of its cluster
-    shingles: dict[str, Shingles]  # id of every kept row -> what it was compared by
-    candidates: int  # pairs that MinHash proposed and Jaccard judged
+class Facts:
+    """What is known of every row without its content, one entry a row in each column.
 
-
-def near_duplicates(rows: Sequence[Row], settings: Dedup) -> Deduplicated:
-    """Keep one row of every group of mutual duplicates.
-
-        a ~ b, b ~ c, a !~ c  ->  a and c are kept, b is dropped for a; all three are one cluster
-
-    Rows are taken in the order of their ids, so the result does not depend on the order of the input. A row is dropped
-    only for a kept row it was itself compared with; clusters follow chains of such pairs.
+    A row is named by its number here; `position` leads back to its content in data/prepared.
     """
-    ordered = sorted(rows, key=lambda row: (row["id"], row["group"], row["source"], row["meta"]))
-    distinct, repeats = _without_exact(ordered)
-    compared = shingles(distinct, settings)
-    ids = [row["id"] for row in distinct]
-    similar: dict[int, dict[int, float]] = defaultdict(dict)
-    candidates = candidate_pairs(compared, settings)
-    for left, right in candidates:
-        if (score := jaccard(compared[left], compared[right])) >= settings.threshold:
-            similar[left][right] = similar[right][left] = score
-    root = _clusters(len(distinct), similar)
-    clusters = {ids[number]: ids[root[number]] for number in range(len(distinct))}
 
-    kept_numbers: set[int] = set()
-    dropped = []
-    for number, row in enumerate(distinct):
-        repeated = [(-score, other) for other, score in similar[number].items() if other in kept_numbers]
-        if not repeated:
-            kept_numbers.add(number)
-            continue
-        score, other = min(repeated)
-        dropped.append(Dropped.of(row, clusters, "near", ids[other], -score))
-    replaced = {row.id: row.kept_id for row in dropped}
-    for row, first in repeats:
-        clusters[row["id"]] = clusters[first]
-        dropped.append(Dropped.of(row, clusters, "exact", replaced.get(first, first), 1.0))
-    return Deduplicated(
-        kept=[distinct[number] for number in sorted(kept_numbers)],
-        dropped=sorted(dropped, key=lambda row: (row.id, row.reason)),
-        clusters=clusters,
-        shingles={ids[number]: compared[number] for number in sorted(kept_numbers)},
-        candidates=len(candidates),
-    )
+    id: pa.Array  # string
+    group: pa.Array  # string; "": a row of its own
+    task: pa.Array  # string, as are source, label and split
+    source: pa.Array
+    label: pa.Array  # null, where the row has none
+    split: pa.Array  # the official one; null, where the data name none
+    characters: Ints  # of what is compared
+    key: npt.NDArray[np.uint64]  # (rows, 2): equal for rows with equal words
+    tie: Hashes  # of all that two rows of one id may differ in
+    position: Ints  # where the row stands in data/prepared
 
+    def __len__(self) -> int:
+        return len(self.id)
 
-def _without_exact(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """(rows with different words, [(row, id of the first row with the same words)])."""
-    first: dict[str, str] = {}
-    distinct: list[Row] = []
-    repeats: list[tuple[Row, str]] = []
-    for row in rows:
-        content = " ".join(words(text(row))) or text(row)
-        if content in first:
-            repeats.append((row, first[content]))
-        else:
-            first[content] = row["id"]
-            distinct.append(row)
-    return distinct, repeats
+    def take(self, rows: Ints) -> "Facts":
+        return Facts(
+            *(
+                column[rows] if isinstance(column, np.ndarray) else column.take(pa.array(rows))
+                for column in (getattr(self, field.name) for field in fields(self))
+            )
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Facts"]) -> "Facts":
+        columns = []
+        for field in fields(cls):
+            found = [getattr(part, field.name) for part in parts]
+            is_array = isinstance(found[0], np.ndarray)
+            columns.append(np.concatenate(found) if is_array else pa.concat_arrays(found))
+        return cls(*columns)
 
 
-def text(row: Row) -> str:
-    """What is compared of a conversation: all turns but the system's, which many rows share."""
-    return "\n".join(turn["content"] for turn in row["messages"] if turn["role"] != "system")
+def starts(sizes: npt.NDArray[Any]) -> Ints:
+    """Where pieces of these sizes begin when they lie one after another, and the end: [2, 3] -> [0, 2, 5]."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def words(text: str) -> list[str]:
-    """Words without case and punctuation, signs kept: "Axis : int, A+B" -> [axis, int, a, +, b]."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+def ranges(begin: Ints, sizes: Ints) -> Ints:
+    """begin[i], begin[i] + 1, ... sizes[i] of them, for each i: [5, 0], [2, 3] -> [5, 6, 0, 1, 2]."""
+    before = starts(sizes)
+    return np.repeat(begin - before[:-1], sizes) + np.arange(before[-1])
 
 
-def shingles(rows: Sequence[Row], settings: Dedup) -> list[Shingles]:
-    """The word n-grams of each row without those that more than `shared_fraction` of its task's rows have.
+def compared_text(row: Mapping[str, Any]) -> str:
+    """What of a record is compared: all its texts but the system's turns and the tools, which many rows share."""
+    return str(compared_texts(records.table([row]))[0])
 
-    A row of nothing but shared wording keeps all of its own, else it would equal every other such row.
+
+def compared_texts(found: pa.Table | pa.RecordBatch) -> pa.Array:
+    """`compared_text` of every record of a table: messages, text, chosen and rejected, each turn with its tool calls."""
+    if isinstance(found, pa.Table):
+        found = found.combine_chunks()
+    columns = [_spoken(_array(found[name])) for name in ("messages", "chosen", "rejected")]
+    columns.insert(1, _array(found["text"]))
+    return pc.fill_null(pc.binary_join_element_wise(*columns, "\n", null_handling="skip"), "")
+
+
+def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _spoken(lists: pa.Array) -> pa.Array:
+    """The texts of each list of turns without the system's, one string a list."""
+    turns = lists.flatten()
+    role, *texts = (turns.field(name) for name in ("role", "reasoning_content", "content", "tool_calls"))
+    said = pc.binary_join_element_wise(*texts, "\n", null_handling="skip")
+    is_said = pc.and_(pc.not_equal(role, "system"), pc.is_valid(said))
+    ends = starts(pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
+    before = starts(is_said.to_numpy(zero_copy_only=False))
+    kept = pa.ListArray.from_arrays(pa.array(before[ends], pa.int32()), said.filter(is_said))
+    return pc.if_else(pc.is_valid(lists), pc.binary_join(kept, "\n"), pa.scalar(None, pa.string()))
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of each row as hashes: those of row i are hashes[offsets[i]:offsets[i + 1]], in the order of the text.
+
+    A row without a word has one entry all the same: the hash of its text.
     """
-    whole = [_ngrams(text(row), settings.shingle_words) for row in rows]
-    size = Counter(row["task"] for row in rows)
-    holding: dict[str, Counter[int]] = defaultdict(Counter)
-    for row, grams in zip(rows, whole, strict=True):
-        holding[row["task"]].update(grams)
-    shared = {
-        task: {gram for gram, count in holding[task].items() if count > settings.shared_fraction * total}
-        for task, total in size.items()
-        if total >= MIN_ROWS_FOR_A_TEMPLATE
-    }
-    return [frozenset(grams - shared.get(row["task"], set()) or grams) for row, grams in zip(rows, whole, strict=True)]
+
+    offsets: Ints
+    hashes: Hashes
+
+    @classmethod
+    def of(cls, texts: Sequence[str] | pa.Array) -> "Words":
+        column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
+        found = [_words(piece) for piece in _pieces(column)]
+        sizes = [np.diff(part.offsets) for part in found] or [np.zeros(0, np.int64)]
+        hashes = [part.hashes for part in found] or [np.zeros(0, np.uint64)]
+        return cls(starts(np.concatenate(sizes)), np.concatenate(hashes))
+
+    def ngrams(self, length: int) -> Ngrams:
+        """The hashes of all runs of `length` words of each row; of the whole, when it has fewer."""
+        sizes = np.diff(self.offsets)
+        run = _mixed(self.hashes)  # of as many words as counted so far, at the place of the first
+        whole = np.zeros(len(sizes), np.uint64)
+        for count in range(1, length + 1):
+            ends_here = sizes == count
+            whole[ends_here] = run[self.offsets[:-1][ends_here]]
+            if count < length:
+                run = run[: len(self.hashes) - count] * _ODD + self.hashes[count:]
+        runs = np.where(sizes < length, 1, sizes - length + 1)
+        grams = np.empty(int(runs.sum()), np.uint64)
+        offsets = starts(runs)
+        is_short = sizes < length
+        grams[offsets[:-1][is_short]] = whole[is_short]
+        long = ranges(self.offsets[:-1][~is_short], runs[~is_short])
+        grams[ranges(offsets[:-1][~is_short], runs[~is_short])] = run[long]
+        return _distinct(offsets, _mixed(grams))
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """128 bits of each row's words in their order: (rows, 2)."""
+        content = self.hashes.tobytes()
+        bounds = (self.offsets * 8).tolist()
+        digests = [
+            hashlib.blake2b(content[begin:end], digest_size=16).digest()
+            for begin, end in zip(bounds, bounds[1:], strict=False)
+        ]
+        return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 
-def _ngrams(content: str, length: int) -> set[int]:
-    """Hashes of all runs of `length` words; of the whole, when it has fewer words."""
-    found = words(content) or [content]
-    runs = {" ".join(found[start : start + length]) for start in range(max(1, len(found) - length + 1))}
-    return {int.from_bytes(hashlib.blake2b(run.encode("utf-8"), digest_size=8).digest()) for run in runs}
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
-def jaccard(left: Shingles, right: Shingles) -> float:
-    """|left & right| / |left | right|."""
-    common = len(left & right)
-    return common / (len(left) + len(right) - common)
+def word_ngrams(texts: Sequence[str] | pa.Array, length: int) -> Ngrams:
+    """The set of word n-grams of each text: equal texts give equal sets, whatever texts stand beside them.
 
-
-def candidate_pairs(compared: Sequence[Shingles], settings: Dedup) -> list[tuple[int, int]]:
-    """Positions of pairs whose MinHash signatures agree in at least one band, sorted.
-
-    With b bands of r rows a pair of similarity s is found with probability 1 - (1 - s^r)^b.
+    Words are without case and punctuation, signs kept: "Axis : int, A+B" -> axis int a + b.
     """
-    if not compared:
-        return []
-    matrix = RMinHash.digest_matrix_from_token_hash_sets(
-        [sorted(grams) for grams in compared], settings.num_perm, MINHASH_SEED
-    )
-    signatures = np.array(matrix.to_rows(), dtype=np.uint32)  # (rows, num_perm)
-    width = settings.num_perm // settings.bands
-    pairs: set[tuple[int, int]] = set()
-    for start in range(0, settings.num_perm, width):
-        bucket: dict[bytes, list[int]] = defaultdict(list)
-        for number, band in enumerate(signatures[:, start : start + width]):
-            bucket[band.tobytes()].append(number)
-        for members in bucket.values():
-            pairs.update(combinations(members, 2))
-    return sorted(pairs)
+    return Words.of(texts).ngrams(length)
 
 
-def _clusters(size: int, similar: Mapping[int, Mapping[int, float]]) -> list[int]:
-    """The smallest member of each position's cluster."""
-    roots = Roots(range(size))
-    for left, others in similar.items():
-        for right in others:
-            roots.join(left, right)
-    return [roots.of(number) for number in range(size)]
+def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
+    """The texts in pieces of some PIECE_BYTES."""
+    ends = starts(pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False))
+    begin = 0
+    while begin < len(texts):
+        end = max(begin + 1, int(np.searchsorted(ends, ends[begin] + PIECE_BYTES, side="right")) - 1)
+        yield texts.slice(begin, end - begin)
+        begin = end
 
 
-class Roots(Generic[T]):
-    """Union-find: which things hang together, each set named by its smallest member."""
+def _words(texts: pa.Array) -> Words:
+    """Find the words among the bytes of all texts at once, and hash each distinct one once.
 
-    def __init__(self, members: Iterable[T]) -> None:
-        self._parent: dict[T, T] = {member: member for member in members}
-
-    def of(self, member: T) -> T:
-        while (parent := self._parent[member]) != member:
-            self._parent[member] = self._parent[parent]
-            member = self._parent[member]
-        return member
-
-    def join(self, left: T, right: T) -> None:
-        smaller, larger = sorted((self.of(left), self.of(right)))
-        self._parent[larger] = smaller
-
-
-def similar_across(
-    left: Mapping[str, Shingles], right: Mapping[str, Shingles], threshold: float
-) -> Iterator[tuple[str, str, float]]:
-    """(left id, right id, Jaccard) of every pair at or above the threshold: exact, nothing is estimated.
-
-    Two sets that similar share a shingle among the rarest |set| - ceil(threshold * |set|) + 1 of each, so only pairs
-    that meet there are compared (prefix filtering, Bayardo et al. 2007, "Scaling up all pairs similarity search").
-    0.55 * 100 is a little above 55 in floating point: without the 1e-9 the prefix would be one shingle short.
+    bytes   A x i s   :   i n t     lower case, then: what is a byte part of?
+    kinds   1 1 1 1 0 0 0 1 1 1     a word begins where a 1 follows none, and at each sign
     """
-    frequency = Counter(gram for grams in (*left.values(), *right.values()) for gram in grams)
+    lower = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
+    lower = pa.concat_arrays([lower])  # from offset 0
+    ends = np.frombuffer(lower.buffers()[1], np.int32, len(lower) + 1).astype(np.int64)
+    ends -= ends[0]
+    content = np.frombuffer(lower.buffers()[2] or b"", np.uint8)[: ends[-1]]
+    kinds = _kinds(content)
+    is_word = kinds == WORD
+    begins = is_word.copy()
+    begins[1:] &= ~is_word[:-1]
+    row_starts = ends[:-1][np.diff(ends) > 0]
+    begins[row_starts] |= is_word[row_starts]
+    begins |= (kinds == SIGN) & ((content & 0xC0) != 0x80)  # a character's first byte
+    is_part = kinds != BLANK
 
-    def prefix(grams: Shingles) -> list[int]:
-        rarest = sorted(grams, key=lambda gram: (frequency[gram], gram))
-        return rarest[: len(grams) - math.ceil(threshold * len(grams) - 1e-9) + 1]
+    words_before = starts(begins)[ends]
+    bytes_before = np.flatnonzero(begins[is_part])
+    letters = content[is_part]
+    offsets = np.append(bytes_before, len(letters)).astype(np.int32)
+    words = pa.StringArray.from_buffers(len(bytes_before), pa.py_buffer(offsets), pa.py_buffer(letters))
+    coded = words.dictionary_encode()
+    hashes = _hashes(coded.dictionary)[coded.indices.to_numpy()]
 
-    holding: dict[int, list[str]] = defaultdict(list)
-    for id, grams in right.items():
-        for gram in prefix(grams):
-            holding[gram].append(id)
-    for id, grams in left.items():
-        met = {other for gram in prefix(grams) for other in holding.get(gram, ())}
-        for other in sorted(met):
-            if (score := jaccard(grams, right[other])) >= threshold:
-                yield id, other, score
+    counts = np.diff(words_before)
+    is_empty = counts == 0
+    if not is_empty.any():
+        return Words(words_before, hashes)
+    bare = _hashes(texts.filter(pa.array(is_empty)))
+    return Words(starts(np.maximum(counts, 1)), np.insert(hashes, words_before[:-1][is_empty], bare))
+
+
+def _hashes(texts: pa.Array) -> Hashes:
+    """64 bits of each text."""
+    digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text in texts.to_pylist()]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _kinds(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """For each byte of UTF-8 text, what its character is: BLANK, WORD or SIGN."""
+    if not len(content) or content.max() < 0x80:
+        return _kind_of()[content]
+    codes = np.frombuffer(content.tobytes().decode("utf-8").encode("utf-32-le"), np.uint32)
+    sizes = np.ones(len(codes), np.uint8)
+    for limit in (0x80, 0x800, 0x10000):
+        sizes += codes >= limit
+    return np.repeat(_kind_of()[codes], sizes)
+
+
+@cache
+def _kind_of() -> npt.NDArray[np.uint8]:
+    """What each code point is. Marks belong to the word they stand in: in many scripts they are its vowels."""
+    categories = [unicodedata.category(chr(code)) for code in range(0x110000)]
+    is_word = [category[0] in "LNM" for category in categories]
+    kinds = np.where(is_word, WORD, BLANK).astype(np.uint8)
+    kinds[ord("_")] = WORD
+    kinds[[ord(sign) for sign in SIGNS]] = SIGN
+    for first, last in ALONE:
+        kinds[first : last + 1] = np.where(kinds[first : last + 1] == WORD, SIGN, kinds[first : last + 1])
+    return kinds
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """Values whose every bit depends on all bits (the finalizer of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _distinct(offsets: Ints, grams: Hashes) -> Ngrams:
+    """Sort each row's grams and leave out the repeated."""
+    bounds = offsets.tolist()
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        grams[begin:end].sort()
+    is_first = np.ones(len(grams), bool)
+    is_first[1:] = grams[1:] != grams[:-1]
+    is_first[offsets[:-1][np.diff(offsets) > 0]] = True
+    return Ngrams(starts(is_first)[offsets], grams[is_first])
