@@ -3,69 +3,24 @@
 Two rows are compared by the set of their word shingles, without the wording that most rows of their task share.
 """
 
-import hashlib
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from stages.lib import records
-from stages.lib.schema.dedup import Dedup
+from stages.lib import join, records
+from stages.lib.join import Frequencies, Join, Pairs
+from stages.lib.ngrams import PIECE, Hashes, Ints, Ngrams, Words, hashes, mixed, pieces, starts
+from stages.lib.schema.dedup import Dedup, Keep
 
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-
-PIECE_BYTES = 16 * 2**20  # of text whose words are found at once: bounds the memory, changes no result
-BLANK, WORD, SIGN = 0, 1, 2  # what a character is: between words, part of one, a word by itself
-SIGNS = "-+*/=<>^%&|~@"  # they change what is said; other punctuation does not
-ALONE = (  # scripts written without blanks, and Hangul, whose words are short: one character, one word
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x30FF),  # kana
-    (0x3400, 0x9FFF),  # Han
-    (0xAC00, 0xD7AF),  # Hangul
-    (0x20000, 0x3FFFF),  # Han, rare
-)
-
-
-@dataclass(frozen=True)
-class Ngrams:
-    """Sets of 64-bit hashes, one a row: those of row i are grams[offsets[i]:offsets[i + 1]], ascending and distinct.
-
-    offsets: int64 (rows + 1,), from 0; grams: uint64 (total,).
-    """
-
-    offsets: Ints
-    grams: Hashes
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def sizes(self) -> Ints:
-        return np.diff(self.offsets)
-
-    def of(self, row: int) -> Hashes:
-        return self.grams[self.offsets[row] : self.offsets[row + 1]]
-
-    def take(self, rows: Ints) -> "Ngrams":
-        """The sets of these rows, in this order."""
-        sizes = self.sizes[rows]
-        return Ngrams(starts(sizes), self.grams[ranges(self.offsets[:-1][rows], sizes)])
-
-    @classmethod
-    def joined(cls, parts: Sequence["Ngrams"]) -> "Ngrams":
-        """The sets of several parts, one after another."""
-        sizes = [part.sizes for part in parts] or [np.zeros(0, np.int64)]
-        grams = [part.grams for part in parts] or [np.zeros(0, np.uint64)]
-        return cls(starts(np.concatenate(sizes)), np.concatenate(grams))
+MIN_ROWS_FOR_A_TEMPLATE = 10  # of a task: with fewer, "most rows" says nothing
+SYNTHETIC = "synthetic"  # source of rows that a model wrote
 
 
 @dataclass(frozen=True)
@@ -107,24 +62,13 @@ class Facts:
         return cls(*columns)
 
 
-def starts(sizes: npt.NDArray[Any]) -> Ints:
-    """Where pieces of these sizes begin when they lie one after another, and the end: [2, 3] -> [0, 2, 5]."""
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-
-def ranges(begin: Ints, sizes: Ints) -> Ints:
-    """begin[i], begin[i] + 1, ... sizes[i] of them, for each i: [5, 0], [2, 3] -> [5, 6, 0, 1, 2]."""
-    before = starts(sizes)
-    return np.repeat(begin - before[:-1], sizes) + np.arange(before[-1])
-
-
 def compared_text(row: Mapping[str, Any]) -> str:
     """What of a record is compared: all its texts but the system's turns and the tools, which many rows share."""
     return str(compared_texts(records.table([row]))[0])
 
 
 def compared_texts(found: pa.Table | pa.RecordBatch) -> pa.Array:
-    """`compared_text` of every record of a table: messages, text, chosen and rejected, each turn with its tool calls."""
+    """`compared_text` of every record: messages, text, chosen and rejected, each turn with its tool calls."""
     if isinstance(found, pa.Table):
         found = found.combine_chunks()
     columns = [_spoken(_array(found[name])) for name in ("messages", "chosen", "rejected")]
@@ -149,153 +93,234 @@ def _spoken(lists: pa.Array) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Words:
-    """The words of each row as hashes: those of row i are hashes[offsets[i]:offsets[i + 1]], in the order of the text.
+class Compared:
+    """What a batch of records, or all of them, are compared by."""
 
-    A row without a word has one entry all the same: the hash of its text.
-    """
-
-    offsets: Ints
-    hashes: Hashes
+    facts: Facts
+    shingles: list[Ngrams]  # of the rows in the order of facts, in one part or several
 
     @classmethod
-    def of(cls, texts: Sequence[str] | pa.Array) -> "Words":
-        column = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string())
-        found = [_words(piece) for piece in _pieces(column)]
-        sizes = [np.diff(part.offsets) for part in found] or [np.zeros(0, np.int64)]
-        hashes = [part.hashes for part in found] or [np.zeros(0, np.uint64)]
-        return cls(starts(np.concatenate(sizes)), np.concatenate(hashes))
-
-    def ngrams(self, length: int) -> Ngrams:
-        """The hashes of all runs of `length` words of each row; of the whole, when it has fewer."""
-        sizes = np.diff(self.offsets)
-        run = _mixed(self.hashes)  # of as many words as counted so far, at the place of the first
-        whole = np.zeros(len(sizes), np.uint64)
-        for count in range(1, length + 1):
-            ends_here = sizes == count
-            whole[ends_here] = run[self.offsets[:-1][ends_here]]
-            if count < length:
-                run = run[: len(self.hashes) - count] * _ODD + self.hashes[count:]
-        runs = np.where(sizes < length, 1, sizes - length + 1)
-        grams = np.empty(int(runs.sum()), np.uint64)
-        offsets = starts(runs)
-        is_short = sizes < length
-        grams[offsets[:-1][is_short]] = whole[is_short]
-        long = ranges(self.offsets[:-1][~is_short], runs[~is_short])
-        grams[ranges(offsets[:-1][~is_short], runs[~is_short])] = run[long]
-        return _distinct(offsets, _mixed(grams))
-
-    def keys(self) -> npt.NDArray[np.uint64]:
-        """128 bits of each row's words in their order: (rows, 2)."""
-        content = self.hashes.tobytes()
-        bounds = (self.offsets * 8).tolist()
-        digests = [
-            hashlib.blake2b(content[begin:end], digest_size=16).digest()
-            for begin, end in zip(bounds, bounds[1:], strict=False)
-        ]
-        return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+    def joined(cls, parts: Iterable["Compared"]) -> "Compared":
+        """All parts as one, rows counted through: `position` becomes the place among all."""
+        found = list(parts)
+        facts = Facts.joined([part.facts for part in found])
+        facts.position[:] = np.arange(len(facts))
+        return cls(facts, [shingles for part in found for shingles in part.shingles])
 
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)
+def compared(batch: pa.RecordBatch, length: int) -> Compared:
+    """The facts and the shingles, runs of `length` words, of a batch of records."""
+    texts = compared_texts(batch)
+    words = Words.of(texts)
+    apart = [batch[name].cast(pa.string()) for name in ("split", "group", "source", "meta")]
+    columns = {name: batch[name] for name in ("id", "group", "task", "source", "label", "split")}
+    facts = Facts(
+        **columns,
+        characters=pc.utf8_length(texts).to_numpy().astype(np.int64),
+        key=words.keys(),
+        tie=hashes(pc.binary_join_element_wise(*(pc.fill_null(column, "") for column in apart), "\0")),
+        position=np.arange(len(batch)),
+    )
+    return Compared(facts, [words.ngrams(length)])
 
 
-def word_ngrams(texts: Sequence[str] | pa.Array, length: int) -> Ngrams:
-    """The set of word n-grams of each text: equal texts give equal sets, whatever texts stand beside them.
+@dataclass(frozen=True)
+class Wording:
+    """Shingles that more than a share of a task's rows hold: its template, which makes nobody alike."""
 
-    Words are without case and punctuation, signs kept: "Axis : int, A+B" -> axis int a + b.
+    shared: Hashes  # of task and shingle, ascending
+    is_shared_in: set[str]  # tasks that have any
+
+    @classmethod
+    def of(cls, sets: Ngrams, tasks: pa.Array, fraction: float, frequencies: Frequencies) -> "Wording":
+        """Count exactly what may be shared by its estimated frequency, which is never too low."""
+        coded = tasks.dictionary_encode()
+        codes = coded.indices.to_numpy().astype(np.int64)
+        sizes = np.bincount(codes, minlength=len(coded.dictionary))
+        limits = np.where(sizes >= MIN_ROWS_FOR_A_TEMPLATE, fraction * sizes, np.inf)
+        names = hashes(coded.dictionary)
+        counted = _Counted()
+        for begin, end in pieces(sets.sizes, PIECE):
+            grams = sets.grams[sets.offsets[begin] : sets.offsets[end]]
+            task = np.repeat(codes[begin:end], sets.sizes[begin:end])
+            often = frequencies.of(grams) > limits[task]
+            counted.add(mixed(grams[often] ^ names[task[often]]), task[often])
+        keys, counts, task = counted.all()
+        is_shared = counts > limits[task]
+        return cls(keys[is_shared], {coded.dictionary[code].as_py() for code in np.unique(task[is_shared]).tolist()})
+
+    def without(self, sets: Ngrams, tasks: pa.Array) -> Ngrams:
+        """The sets without it; a row of nothing but shared wording keeps its own, or it would equal all such rows."""
+        if not len(self.shared):
+            return sets
+        coded = tasks.dictionary_encode()
+        names = hashes(coded.dictionary)
+        concerned = np.array([name in self.is_shared_in for name in coded.dictionary.to_pylist()], bool)
+        codes = coded.indices.to_numpy()
+        stays = np.ones(len(sets.grams), bool)
+        for begin, end in pieces(sets.sizes, PIECE):
+            inside = slice(sets.offsets[begin], sets.offsets[end])
+            task = np.repeat(codes[begin:end], sets.sizes[begin:end])
+            if concerned[codes[begin:end]].any():
+                stays[inside] = ~_among(mixed(sets.grams[inside] ^ names[task]), self.shared)
+        left = np.add.reduceat(stays, sets.offsets[:-1], dtype=np.int64) if len(sets) else sets.sizes
+        for row in np.flatnonzero(left == 0).tolist():
+            stays[sets.offsets[row] : sets.offsets[row + 1]] = True
+        return Ngrams(starts(np.where(left == 0, sets.sizes, left)), sets.grams[stays])
+
+
+def _among(values: Hashes, sought: Hashes) -> npt.NDArray[np.bool_]:
+    """Which values are among the sought ones, of which there are few."""
+    mask = np.uint64(2**20 - 1)
+    is_likely = np.zeros(2**20, bool)
+    is_likely[sought & mask] = True
+    found = is_likely[values & mask]
+    found[found] = np.isin(values[found], sought)
+    return found
+
+
+class _Counted:
+    """How often keys were added, each with a mark that its equals share."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Hashes, Ints, Ints]] = []
+        self._waiting = 0
+
+    def add(self, keys: Hashes, marks: Ints) -> None:
+        found, first, counts = np.unique(keys, return_index=True, return_counts=True)
+        self._parts.append((found, counts, marks[first]))
+        self._waiting += len(found)
+        if self._waiting > 4 * PIECE:
+            self._parts = [self.all()]
+            self._waiting = 0
+
+    def all(self) -> tuple[Hashes, Ints, Ints]:
+        """(keys, ascending; how often each was added; its mark)."""
+        keys, counts, marks = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        found, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        return found, np.bincount(which, weights=counts, minlength=len(found)).astype(np.int64), marks[first]
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """Which rows stay, which repeat one of them, and which hang together; rows by their numbers in the facts."""
+
+    kept: Ints  # by id
+    dropped: Ints  # by id
+    repeats: Ints  # the kept row that each dropped one repeats
+    score: npt.NDArray[np.float64]  # how similar they are
+    is_exact: npt.NDArray[np.bool_]
+    cluster: Ints  # of every row: the row of its cluster with the smallest id
+    shingles: Ngrams  # what the rows of `compared` were compared by
+    compared: Ints  # one row of all with the same words each
+    wording: Wording
+
+    def shingles_of(self, rows: Ints) -> Ngrams:
+        """What these kept rows were compared by."""
+        place = np.zeros(len(self.cluster), np.int64)
+        place[self.compared] = np.arange(len(self.compared))
+        return self.shingles.take(place[rows])
+
+
+def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
+    """Keep one row of every group of mutual duplicates.
+
+        a ~ b, b ~ c, a !~ c  ->  a and c are kept, b is dropped for a; all three are one cluster
+
+    Rows are taken one by one: those of an official test split first, then of an official validation split, then all
+    others, then synthetic ones; among themselves by id, or the longest first. A row is dropped for the most similar of
+    the rows kept before it, so no two kept rows reach the threshold; only rows of one official test or validation split
+    are not compared with each other. A dropped row ties all kept rows it is similar to into one cluster.
+
+    Args: found: its shingles are consumed.
     """
-    return Words.of(texts).ngrams(length)
+    facts = found.facts
+    rank, tier = ranks(facts), tiers(facts)
+    longest = -facts.characters if settings.keep is Keep.longest else np.zeros(len(facts), np.int64)
+    order = np.lexsort((rank, longest, tier))  # the earlier is kept
+    first = _first_with(facts.key, order)
+    distinct = order[first[order] == order]  # from here on rows are numbered by their place in this
+    sets = Ngrams.gathered(found.shingles, distinct)
+    frequencies = Frequencies(sets)
+    tasks = facts.task.take(pa.array(distinct))
+    wording = Wording.of(sets, tasks, settings.shared_fraction, frequencies)
+    sets = wording.without(sets, tasks)
+    official = np.where(tier < 2, tier + 1, 0)[distinct].astype(np.int8)
+
+    near = Join(sets, settings.threshold, frequencies, official)
+    kept = join.greedy(near, len(sets))
+    dropped = np.setdiff1d(np.arange(len(sets)), kept, assume_unique=True)
+    pairs = near.matches(dropped)
+    closest, score = _closest(pairs)
+
+    stands_for = np.arange(len(sets))
+    stands_for[dropped] = closest
+    similarity = np.ones(len(sets))
+    similarity[dropped] = score
+    place = np.empty(len(facts), np.int64)
+    place[distinct] = np.arange(len(distinct))
+    is_exact = first != np.arange(len(facts))
+    is_kept = np.zeros(len(facts), bool)
+    is_kept[distinct[kept]] = True
+    by_id = np.argsort(rank)
+    gone = by_id[~is_kept[by_id]]
+    return Deduplicated(
+        kept=by_id[is_kept[by_id]],
+        dropped=gone,
+        repeats=distinct[stands_for[place[first[gone]]]],
+        score=np.where(is_exact[gone], 1.0, similarity[place[first[gone]]]),
+        is_exact=is_exact[gone],
+        cluster=clusters(rank, [(np.arange(len(facts)), first), (distinct[pairs.left], distinct[pairs.right])]),
+        shingles=sets,
+        compared=distinct,
+        wording=wording,
+    )
 
 
-def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
-    """The texts in pieces of some PIECE_BYTES."""
-    ends = starts(pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False))
-    begin = 0
-    while begin < len(texts):
-        end = max(begin + 1, int(np.searchsorted(ends, ends[begin] + PIECE_BYTES, side="right")) - 1)
-        yield texts.slice(begin, end - begin)
-        begin = end
+def ranks(facts: Facts) -> Ints:
+    """Each row's place in the order of ids; rows of one id, which have equal content, by what else they have."""
+    table = pa.table({"id": facts.id, "group": facts.group, "source": facts.source, "tie": facts.tie})
+    order = pc.sort_indices(table, [(name, "ascending") for name in table.column_names]).to_numpy()
+    rank = np.empty(len(facts), np.int64)
+    rank[order] = np.arange(len(facts))
+    return rank
 
 
-def _words(texts: pa.Array) -> Words:
-    """Find the words among the bytes of all texts at once, and hash each distinct one once.
-
-    bytes   A x i s   :   i n t     lower case, then: what is a byte part of?
-    kinds   1 1 1 1 0 0 0 1 1 1     a word begins where a 1 follows none, and at each sign
-    """
-    lower = pc.utf8_lower(pc.utf8_normalize(texts, "NFKC"))
-    lower = pa.concat_arrays([lower])  # from offset 0
-    ends = np.frombuffer(lower.buffers()[1], np.int32, len(lower) + 1).astype(np.int64)
-    ends -= ends[0]
-    content = np.frombuffer(lower.buffers()[2] or b"", np.uint8)[: ends[-1]]
-    kinds = _kinds(content)
-    is_word = kinds == WORD
-    begins = is_word.copy()
-    begins[1:] &= ~is_word[:-1]
-    row_starts = ends[:-1][np.diff(ends) > 0]
-    begins[row_starts] |= is_word[row_starts]
-    begins |= (kinds == SIGN) & ((content & 0xC0) != 0x80)  # a character's first byte
-    is_part = kinds != BLANK
-
-    words_before = starts(begins)[ends]
-    bytes_before = np.flatnonzero(begins[is_part])
-    letters = content[is_part]
-    offsets = np.append(bytes_before, len(letters)).astype(np.int32)
-    words = pa.StringArray.from_buffers(len(bytes_before), pa.py_buffer(offsets), pa.py_buffer(letters))
-    coded = words.dictionary_encode()
-    hashes = _hashes(coded.dictionary)[coded.indices.to_numpy()]
-
-    counts = np.diff(words_before)
-    is_empty = counts == 0
-    if not is_empty.any():
-        return Words(words_before, hashes)
-    bare = _hashes(texts.filter(pa.array(is_empty)))
-    return Words(starts(np.maximum(counts, 1)), np.insert(hashes, words_before[:-1][is_empty], bare))
+def tiers(facts: Facts) -> Ints:
+    """0: official test, 1: official validation, 2: all others, 3: synthetic."""
+    conditions = [pc.equal(facts.source, SYNTHETIC), *(pc.equal(facts.split, name) for name in ("test", "validation"))]
+    held = [pc.fill_null(condition, False).to_numpy(zero_copy_only=False) for condition in conditions]
+    return np.select(held, [3, 0, 1], 2)
 
 
-def _hashes(texts: pa.Array) -> Hashes:
-    """64 bits of each text."""
-    digests = [hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text in texts.to_pylist()]
-    return np.frombuffer(b"".join(digests), np.uint64)
+def _first_with(keys: npt.NDArray[np.uint64], order: Ints) -> Ints:
+    """For each row the first in the order whose key it has."""
+    ordered = keys[order]
+    by_key = np.lexsort((ordered[:, 1], ordered[:, 0]))  # stable: equal keys stay in the order
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (ordered[by_key[1:]] != ordered[by_key[:-1]]).any(axis=1)
+    first = np.empty(len(order), np.int64)
+    first[order[by_key]] = order[by_key[is_new]][np.cumsum(is_new) - 1]
+    return first
 
 
-def _kinds(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """For each byte of UTF-8 text, what its character is: BLANK, WORD or SIGN."""
-    if not len(content) or content.max() < 0x80:
-        return _kind_of()[content]
-    codes = np.frombuffer(content.tobytes().decode("utf-8").encode("utf-32-le"), np.uint32)
-    sizes = np.ones(len(codes), np.uint8)
-    for limit in (0x80, 0x800, 0x10000):
-        sizes += codes >= limit
-    return np.repeat(_kind_of()[codes], sizes)
+def _closest(pairs: Pairs) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """For each left row the most similar of the right ones before it, the first of several, and their similarity."""
+    before = pairs.right < pairs.left
+    left, right, score = pairs.left[before], pairs.right[before], pairs.score[before]
+    order = np.lexsort((right, -score, left))
+    chosen = order[np.append(True, np.diff(left[order]) > 0)[: len(order)]]
+    return right[chosen], score[chosen]
 
 
-@cache
-def _kind_of() -> npt.NDArray[np.uint8]:
-    """What each code point is. Marks belong to the word they stand in: in many scripts they are its vowels."""
-    categories = [unicodedata.category(chr(code)) for code in range(0x110000)]
-    is_word = [category[0] in "LNM" for category in categories]
-    kinds = np.where(is_word, WORD, BLANK).astype(np.uint8)
-    kinds[ord("_")] = WORD
-    kinds[[ord(sign) for sign in SIGNS]] = SIGN
-    for first, last in ALONE:
-        kinds[first : last + 1] = np.where(kinds[first : last + 1] == WORD, SIGN, kinds[first : last + 1])
-    return kinds
-
-
-def _mixed(values: Hashes) -> Hashes:
-    """Values whose every bit depends on all bits (the finalizer of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _distinct(offsets: Ints, grams: Hashes) -> Ngrams:
-    """Sort each row's grams and leave out the repeated."""
-    bounds = offsets.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        grams[begin:end].sort()
-    is_first = np.ones(len(grams), bool)
-    is_first[1:] = grams[1:] != grams[:-1]
-    is_first[offsets[:-1][np.diff(offsets) > 0]] = True
-    return Ngrams(starts(is_first)[offsets], grams[is_first])
+def clusters(rank: Ints, ties: Sequence[tuple[Ints, Ints]]) -> Ints:
+    """For each row the row of smallest rank among all that the ties lead to."""
+    left = np.concatenate([one for one, _ in ties])
+    right = np.concatenate([other for _, other in ties])
+    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(rank), len(rank)))
+    _, component = connected_components(graph, directed=False)
+    by_rank = np.argsort(rank)
+    names, first = np.unique(component[by_rank], return_index=True)
+    smallest = np.empty(len(names), np.int64)
+    smallest[names] = by_rank[first]
+    return smallest[component]
