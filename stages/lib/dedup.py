@@ -4,7 +4,7 @@ Two rows are compared by the set of their word shingles, without the wording tha
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from stages.lib import join, records
+from stages.lib.errors import DataError
 from stages.lib.join import Frequencies, Join, Pairs
 from stages.lib.ngrams import PIECE, Hashes, Ints, Ngrams, Words, hashes, mixed, pieces, starts
 from stages.lib.schema.dedup import Dedup, Keep
@@ -27,7 +28,7 @@ SYNTHETIC = "synthetic"  # source of rows that a model wrote
 class Facts:
     """What is known of every row without its content, one entry a row in each column.
 
-    A row is named by its number here; `position` leads back to its content in data/prepared.
+    A row is named by its number here: its place in data/prepared, counted through the shards.
     """
 
     id: pa.Array  # string
@@ -39,7 +40,6 @@ class Facts:
     characters: Ints  # of what is compared
     key: npt.NDArray[np.uint64]  # (rows, 2): equal for rows with equal words
     tie: Hashes  # of all that two rows of one id may differ in
-    position: Ints  # where the row stands in data/prepared
 
     def __len__(self) -> int:
         return len(self.id)
@@ -101,10 +101,9 @@ class Compared:
 
     @classmethod
     def joined(cls, parts: Iterable["Compared"]) -> "Compared":
-        """All parts as one, rows counted through: `position` becomes the place among all."""
+        """All parts as one, rows counted through."""
         found = list(parts)
         facts = Facts.joined([part.facts for part in found])
-        facts.position[:] = np.arange(len(facts))
         return cls(facts, [shingles for part in found for shingles in part.shingles])
 
 
@@ -119,7 +118,6 @@ def compared(batch: pa.RecordBatch, length: int) -> Compared:
         characters=pc.utf8_length(texts).to_numpy().astype(np.int64),
         key=words.keys(),
         tie=hashes(pc.binary_join_element_wise(*(pc.fill_null(column, "") for column in apart), "\0")),
-        position=np.arange(len(batch)),
     )
     return Compared(facts, [words.ngrams(length)])
 
@@ -205,12 +203,13 @@ class _Counted:
 class Deduplicated:
     """Which rows stay, which repeat one of them, and which hang together; rows by their numbers in the facts."""
 
-    kept: Ints  # by id
-    dropped: Ints  # by id
+    kept: Ints  # the first comes first when two rows are alike
+    dropped: Ints
     repeats: Ints  # the kept row that each dropped one repeats
-    score: npt.NDArray[np.float64]  # how similar they are
-    is_exact: npt.NDArray[np.bool_]
+    score: npt.NDArray[np.float64]  # how similar they were when it was dropped
+    reason: npt.NDArray[np.str_]  # exact, near or semantic
     cluster: Ints  # of every row: the row of its cluster with the smallest id
+    official: npt.NDArray[np.int8]  # of every row: equal marks above 0 are of one official test or validation split
     shingles: Ngrams  # what the rows of `compared` were compared by
     compared: Ints  # one row of all with the same words each
     wording: Wording
@@ -245,9 +244,9 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
     tasks = facts.task.take(pa.array(distinct))
     wording = Wording.of(sets, tasks, settings.shared_fraction, frequencies)
     sets = wording.without(sets, tasks)
-    official = np.where(tier < 2, tier + 1, 0)[distinct].astype(np.int8)
+    official = np.where(tier < 2, tier + 1, 0).astype(np.int8)
 
-    near = Join(sets, settings.threshold, frequencies, official)
+    near = Join(sets, settings.threshold, frequencies, official[distinct])
     kept = join.greedy(near, len(sets))
     dropped = np.setdiff1d(np.arange(len(sets)), kept, assume_unique=True)
     pairs = near.matches(dropped)
@@ -255,26 +254,76 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
 
     stands_for = np.arange(len(sets))
     stands_for[dropped] = closest
-    similarity = np.ones(len(sets))
-    similarity[dropped] = score
+    repeated = np.flatnonzero(first != np.arange(len(facts)))
     place = np.empty(len(facts), np.int64)
     place[distinct] = np.arange(len(distinct))
-    is_exact = first != np.arange(len(facts))
-    is_kept = np.zeros(len(facts), bool)
-    is_kept[distinct[kept]] = True
-    by_id = np.argsort(rank)
-    gone = by_id[~is_kept[by_id]]
     return Deduplicated(
-        kept=by_id[is_kept[by_id]],
-        dropped=gone,
-        repeats=distinct[stands_for[place[first[gone]]]],
-        score=np.where(is_exact[gone], 1.0, similarity[place[first[gone]]]),
-        is_exact=is_exact[gone],
+        kept=distinct[np.sort(kept)],
+        dropped=np.concatenate([repeated, distinct[dropped]]),
+        repeats=distinct[stands_for[place[np.concatenate([first[repeated], distinct[dropped]])]]],
+        score=np.concatenate([np.ones(len(repeated)), score]),
+        reason=np.repeat(["exact", "near"], [len(repeated), len(dropped)]),
         cluster=clusters(rank, [(np.arange(len(facts)), first), (distinct[pairs.left], distinct[pairs.right])]),
+        official=official,
         shingles=sets,
         compared=distinct,
         wording=wording,
     )
+
+
+def without_semantic(facts: Facts, found: Deduplicated, pairs: Pairs) -> Deduplicated:
+    """Drop more rows, as "semantic": each that is alike to one kept before it, by pairs of places in `found.kept`."""
+    mark = found.official[found.kept]
+    may = (mark[pairs.left] != mark[pairs.right]) | (mark[pairs.left] == 0)
+    left, right, score = pairs.left[may], pairs.right[may], pairs.score[may]
+    gone = join.first_kept(left, right)
+    ties = np.isin(left, gone) & ~np.isin(right, gone)
+    left, right, score = left[ties], right[ties], score[ties]
+    closest, similarity = _closest(Pairs(left, right, score))
+    every = np.arange(len(facts))
+    instead = every.copy()
+    instead[found.kept[gone]] = found.kept[closest]
+    return replace(
+        found,
+        kept=np.delete(found.kept, gone),
+        dropped=np.concatenate([found.dropped, found.kept[gone]]),
+        repeats=np.concatenate([instead[found.repeats], found.kept[closest]]),
+        score=np.concatenate([found.score, similarity]),
+        reason=np.concatenate([found.reason, np.full(len(gone), "semantic")]),
+        cluster=clusters(ranks(facts), [(every, found.cluster), (found.kept[left], found.kept[right])]),
+    )
+
+
+def removed_fractions(facts: Facts, dropped: Ints, most: float) -> dict[str, float]:
+    """Of each source the share of its rows that were dropped.
+
+    Raises: DataError, where it is more than `most`.
+    """
+    coded = facts.source.dictionary_encode()
+    codes = coded.indices.to_numpy()
+    rows = np.bincount(codes, minlength=len(coded.dictionary))
+    removed = np.bincount(codes[dropped], minlength=len(rows)) / np.maximum(rows, 1)
+    found = dict(sorted(zip(coded.dictionary.to_pylist(), removed.tolist(), strict=True)))
+    if beyond := [f"{share:.3f} of the rows of {source}" for source, share in found.items() if share > most]:
+        raise DataError(
+            f"data/prepared: {' and '.join(beyond)} repeat other rows, expected at most {most}. "
+            "Look for a file given twice, or raise dedup.max_removed_fraction or dedup.threshold."
+        )
+    return found
+
+
+def texts_of(batches: Iterable[pa.RecordBatch], rows: Ints) -> pa.Array:
+    """What is compared of these rows of data/prepared, in this order, all in memory."""
+    order = np.argsort(rows)
+    wanted = rows[order]
+    found, begin = [pa.array([], pa.string())], 0
+    for batch in batches:
+        here = wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, begin + len(batch))] - begin
+        found.append(compared_texts(batch.take(pa.array(here))))
+        begin += len(batch)
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(found).take(pa.array(back))
 
 
 def ranks(facts: Facts) -> Ints:

@@ -57,6 +57,13 @@ class Ngrams:
         return Ngrams.gathered([self], rows)
 
     @classmethod
+    def joined(cls, parts: Sequence["Ngrams"]) -> "Ngrams":
+        """The sets of several parts, one after another."""
+        sizes = [part.sizes for part in parts] or [np.zeros(0, np.int64)]
+        grams = [part.grams for part in parts] or [np.zeros(0, np.uint64)]
+        return cls(starts(np.concatenate(sizes)), np.concatenate(grams))
+
+    @classmethod
     def gathered(cls, parts: list["Ngrams"], rows: Ints) -> "Ngrams":
         """The sets of these rows, each at most once, in this order; rows are counted through all parts.
 
@@ -176,7 +183,7 @@ def _words(texts: pa.Array) -> Words:
     begins |= (kinds == SIGN) & ((content & 0xC0) != 0x80)  # a character's first byte
     is_part = kinds != BLANK
 
-    words_before = starts(begins)[ends]
+    words_before = np.searchsorted(np.flatnonzero(begins), ends)
     bytes_before = np.flatnonzero(begins[is_part])
     letters = content[is_part]
     offsets = np.append(bytes_before, len(letters)).astype(np.int32)
