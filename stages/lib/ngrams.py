@@ -208,18 +208,18 @@ def hashes(texts: pa.Array) -> Hashes:
 def _kinds(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """For each byte of UTF-8 text, what its character is: BLANK, WORD or SIGN."""
     if not len(content) or content.max() < 0x80:
-        return _kind_of()[content]
+        return _kind_of(0x80)[content]
     codes = np.frombuffer(content.tobytes().decode("utf-8").encode("utf-32-le"), np.uint32)
     sizes = np.ones(len(codes), np.uint8)
     for limit in (0x80, 0x800, 0x10000):
         sizes += codes >= limit
-    return np.repeat(_kind_of()[codes], sizes)
+    return np.repeat(_kind_of(0x110000)[codes], sizes)
 
 
 @cache
-def _kind_of() -> npt.NDArray[np.uint8]:
-    """What each code point is. Marks belong to the word they stand in: in many scripts they are its vowels."""
-    categories = [unicodedata.category(chr(code)) for code in range(0x110000)]
+def _kind_of(codes: int) -> npt.NDArray[np.uint8]:
+    """What each code point below `codes` is. Marks belong to the word they stand in: often they are its vowels."""
+    categories = [unicodedata.category(chr(code)) for code in range(codes)]
     is_word = [category[0] in "LNM" for category in categories]
     kinds = np.where(is_word, WORD, BLANK).astype(np.uint8)
     kinds[ord("_")] = WORD
