@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from stages.lib import files
 from stages.lib.errors import DataError, ModelError
+from stages.lib.schema.pack import Pack
 
 IGNORED = -100
 """Label of a position that is not trained; the value torch's cross entropy leaves out."""
 
+Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+Roles = np.ndarray[tuple[int], np.dtype[np.int8]]
 Message = Mapping[str, Any]
 
 
@@ -26,16 +30,24 @@ class UnusableConversation(DataError):
         self.reason = reason
 
 
+ROLES = ("template", "system", "user", "assistant", "tool", "text")
+"""What a token stands in: the words of a role, what the template writes around them, or a text. Encoded.roles counts here."""
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation. Both lists have the same length; labels are IGNORED wherever nothing is learned.
+    """One row as tokens; three arrays of the same length T.
 
-    <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n  yo <|im_end|> \\n
-    labels        .  .   .     .      .      .           .       .    yo <|im_end|>  .
+        <|im_start|> user \\n hi <|im_end|> \\n <|im_start|> assistant \\n  yo <|im_end|> \\n
+        labels  .     .  .   .     .      .      .           .       .    yo <|im_end|>  .
+        roles   t     t  t   u     t      t      t           t       t    a      t       t
+
+    input_ids: int32. labels: int32, the id, or IGNORED wherever nothing is learned. roles: int8, positions in ROLES.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Ids
+    labels: Ids
+    roles: Roles
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -106,7 +118,39 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> E
         turn = _prefix(tokenizer, render(tokenizer, messages[: i + 1]), text, ids)
         end = _end_of_turn(tokenizer, turn, start) + 1
         labels[start:end] = ids[start:end]
-    return Encoded(ids, labels)
+    return Encoded(np.array(ids, np.int32), np.array(labels, np.int32), np.zeros(len(ids), np.int8))
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Mapping[str, Any]], settings: Pack
+) -> list[Encoded | UnusableConversation]:
+    """Records (records.rows) of any kind as tokens, in their order; what cannot be trained on, with its reason.
+
+    A preference stands as its prompt and chosen turns, see `encode_pair` for both sides. No row is cut.
+    """
+    found: list[Encoded | UnusableConversation] = []
+    for row in rows:
+        try:
+            found.append(encode(tokenizer, [*row["messages"], *(row["chosen"] or [])]))
+        except UnusableConversation as fault:
+            found.append(fault)
+    return found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference as token ids: input = prompt + chosen, or prompt + rejected."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any], settings: Pack
+) -> Pair | UnusableConversation:
+    """Both sides of a preference record."""
+    raise NotImplementedError
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, model_folder: Path) -> list[int]:
