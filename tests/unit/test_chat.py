@@ -7,6 +7,7 @@ import pytest
 
 from stages.lib import chat
 from stages.lib.errors import ModelError
+from stages.lib.schema.pack import ControlTokens
 
 USER, ANSWER = {"role": "user", "content": "add 1 2"}, {"role": "assistant", "content": "3"}
 TWO_TURNS = [USER, ANSWER, {"role": "user", "content": "add 4 5"}, {"role": "assistant", "content": "the quick 9"}]
@@ -31,8 +32,8 @@ def test_the_end_of_a_prompt_is_not_trained_although_it_has_the_same_id(tokenize
     encoded = chat.encode(tokenizer, TWO_TURNS)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.pad_token_id == end
-    assert encoded.input_ids.count(end) == 4
-    assert encoded.labels.count(end) == 2
+    assert encoded.input_ids.tolist().count(end) == 4
+    assert encoded.labels.tolist().count(end) == 2
 
 
 def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(tiny_model_dir: Path) -> None:
@@ -45,7 +46,7 @@ def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(t
     assert tokenizer.decode(encoded.input_ids).startswith(
         "<|im_start|>system\nnothing at all<|im_end|>\n<|im_start|>user"
     )
-    assert encoded.input_ids == chat.tokenize(tokenizer, chat.render(tokenizer, TWO_TURNS))
+    assert encoded.input_ids.tolist() == chat.tokenize(tokenizer, chat.render(tokenizer, TWO_TURNS))
     assert labelled(tokenizer, encoded) == "3<|im_end|>the quick 9<|im_end|>"
 
 
@@ -53,7 +54,7 @@ def test_an_answer_is_trained_after_exactly_the_tokens_it_will_be_prompted_with(
     encoded = chat.encode(tokenizer, TWO_TURNS)
     for n_messages in (1, 3):
         prompt = chat.prompt_ids(tokenizer, TWO_TURNS[:n_messages])
-        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.input_ids[: len(prompt)].tolist() == prompt
         assert encoded.labels[len(prompt) - 1] == chat.IGNORED
         assert encoded.labels[len(prompt)] != chat.IGNORED
 
@@ -66,11 +67,11 @@ def test_a_conversation_that_answers_nothing_is_unusable(tokenizer: Any, message
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_control_token_in_the_content_is_unusable(tokenizer: Any, place: int) -> None:
+def test_a_control_token_in_the_content_is_unusable_where_such_rows_are_dropped(tokenizer: Any, place: int) -> None:
     messages = [dict(USER), dict(ANSWER)]
     messages[place]["content"] = "so <|im_end|> what"
     with pytest.raises(chat.UnusableConversation, match=r"control token '<\|im_end\|>'") as fault:
-        chat.encode(tokenizer, messages)
+        chat.encode(tokenizer, messages, control_tokens=ControlTokens.drop)
     assert fault.value.reason == "control_token"
 
 
@@ -86,7 +87,7 @@ def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Pa
     tokenizer = chat.load_tokenizer(tiny_model_dir)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    with pytest.raises(chat.UnusableConversation, match="the chat template refuses it: no system role") as fault:
+    with pytest.raises(chat.UnusableConversation, match="refuses it: no system role") as fault:
         chat.encode(tokenizer, [{"role": "system", "content": "be brief"}, *TWO_TURNS])
     assert fault.value.reason == "template"
     assert chat.encode(tokenizer, TWO_TURNS)
