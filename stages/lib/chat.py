@@ -44,6 +44,7 @@ OPEN, CLOSE, STAND_IN = "\U0010fffc", "\U0010fffd", "\U0010fffe"
 """Around a control token inside a content while the template renders it; around the number of one of the template's."""
 ASSISTANT = ROLES.index("assistant")
 THINK, THOUGHT = "<think>", "</think>"
+PARTING = re.compile(r"split\(['\"]</think>['\"]\)")
 PROBE = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"})
 LONGEST_TAIL = 256  # characters; longer ones are the user's words and do not come back
 
@@ -153,6 +154,20 @@ def encode(
     """
     writer = _writer(tokenizer, tools)
     (found,) = _finished(writer, [_attempt(_chat, writer, messages, tools, labels, control_tokens)])
+    if isinstance(found, UnusableConversation):
+        raise found
+    return found
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, control_tokens: ControlTokens = ControlTokens.text
+) -> Encoded:
+    """Token ids of a plain text, all of it labelled but the first token.
+
+    Raises: UnusableConversation, with reason `control_token` or `no_end_token`.
+    """
+    writer = _writer(tokenizer, None)
+    (found,) = _finished(writer, [_attempt(_text, writer, text, control_tokens)])
     if isinstance(found, UnusableConversation):
         raise found
     return found
@@ -492,7 +507,7 @@ class _Writer:
         }
         self.marks_answers = GENERATION.search(template) is not None
         tokens = tokenizer.added_tokens_decoder
-        self.parts_reasoning = "reasoning_content" in template and THOUGHT in template
+        self.parts_reasoning = PARTING.search(template) is not None
         self.added = {i: token.content for i, token in tokens.items()}
         self.special = {i for i, token in tokens.items() if token.special}
         self.control = {
@@ -550,14 +565,11 @@ class _Writer:
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """Turns as templates expect them: no empty keys, reasoning apart from the answer, arguments as values."""
-        return [
-            turn
-            if len(turn) == 2
-            and turn["content"] is not None
-            and not (self.parts_reasoning and THOUGHT in turn["content"])
-            else self._turn(turn)
-            for turn in messages
-        ]
+        return [turn if self._is_plain(turn) else self._turn(turn) for turn in messages]
+
+    def _is_plain(self, turn: Message) -> bool:
+        content = turn.get("content")
+        return isinstance(content, str) and len(turn) == 2 and not (self.parts_reasoning and THOUGHT in content)
 
     def _turn(self, turn: Message) -> Message:
         found = {key: value for key, value in turn.items() if value is not None}

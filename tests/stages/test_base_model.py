@@ -17,7 +17,7 @@ from stages import base_model
 from stages.lib import files, model_folder
 from stages.lib.errors import ConfigError, ExternalError, ModelError
 from stages.lib.schema.base_model import BaseModel, Source
-from stages.lib.schema.prompt import Prompt
+from stages.lib.schema.prompt import Prompt, Use
 from stages.lib.sources import wheel
 from tests.conftest import ROOT, WORDS, throwaway_tokenizer
 from tests.hub_stub import COMMIT, serving
@@ -117,7 +117,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., B
 
 
 def run(model: BaseModel, template: str = CHATML) -> dict[str, Any]:
-    base_model.main(base_model.Params(base_model=model, prompt=Prompt(template=template)))
+    base_model.main(base_model.Params(base_model=model, prompt=Prompt(template=template, use=Use.missing)))
     return files.read_json(Path("models/base/source.json"))
 
 
@@ -310,7 +310,7 @@ def test_a_configured_template_that_parses_but_cannot_write_a_chat_ends_the_stag
 
     monkeypatch.setattr(base_model, "fetch", fetch)
     (in_tmp / "own.jinja").write_text(content)
-    params = base_model.Params(base_model=of_the_hub(), prompt=Prompt(template="own.jinja"))
+    params = base_model.Params(base_model=of_the_hub(), prompt=Prompt(template="own.jinja", use=Use.missing))
     with pytest.raises(ConfigError, match=rf"prompt\.template: found 'own\.jinja'; {message}"):
         base_model.main(params)
     assert list((in_tmp / "models").iterdir()) == []
