@@ -290,9 +290,10 @@ def _chat(
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     if not answers or answers[0] == 0 or (labels is Labels.last_turn and answers[-1] != len(messages) - 1):
         raise UnusableConversation("no_answer", "conversation without an assistant turn that answers something")
+    names = _check_tools(writer, messages, tools)
     given = writer.turns(messages)
     turns: Sequence[Message] = given
-    given_tools, shown = tools, _same
+    shown = _same
     if is_escaped := writer.holds_control(turns, tools):
         if control_tokens is ControlTokens.drop:
             raise _control(writer, json.dumps([turns, tools], ensure_ascii=False))
@@ -303,7 +304,8 @@ def _chat(
         text, spans = shown(writer.render(turns, tools)), list[tuple[int, int]]()
     else:
         text, spans = _answers(writer, turns, tools, answers, wanted, shown)
-    _check_tools(writer, given, given_tools, text)
+    if absent := [name for name in names if name not in text]:
+        raise _not_rendered(writer, f"the tool {absent[0]!r}")
     trained = dict(zip(wanted, spans, strict=False))
     words = writer.words(text, given, trained)
     return _Draft(text, spans, words, is_escaped=is_escaped, is_learned_whole=labels is Labels.all)
@@ -341,17 +343,14 @@ def _answers(
     return text, places
 
 
-def _check_tools(writer: "_Writer", turns: Sequence[Message], tools: Sequence[Any] | None, text: str) -> None:
-    called = [call for turn in turns for call in turn.get("tool_calls", ())]
-    if not tools and not called:
-        return
-    absent = [name for name in map(_function_name, [*(tools or ()), *called]) if name not in text]
-    if (tools and not writer.writes_tools) or (called and not writer.writes_calls) or absent:
-        what = f"the tool {absent[0]!r}" if absent else "tools" if tools and not writer.writes_tools else "tool calls"
-        raise UnusableConversation(
-            "tools_not_rendered",
-            f"the chat template of {writer.name} does not write {what}: set prompt.use=always for the project's own",
-        )
+def _check_tools(writer: "_Writer", turns: Sequence[Message], tools: Sequence[Any] | None) -> list[str]:
+    """Names of the tools and of those called, which must stand in the text."""
+    called = [call for turn in turns for call in turn.get("tool_calls") or ()]
+    if tools and not writer.writes_tools:
+        raise _not_rendered(writer, "tools")
+    if called and not writer.writes_calls:
+        raise _not_rendered(writer, "tool calls")
+    return [_function_name(each) for each in [*(tools or ()), *called]]
 
 
 def _finished(writer: "_Writer", drafts: Sequence[_Tried]) -> list[Encoded | UnusableConversation]:
@@ -496,7 +495,7 @@ class _Writer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-        self.name = str(tokenizer.name_or_path)
+        self.name = str(tokenizer.name_or_path) or "the tokenizer"
         self.backend: Tokenizer = tokenizer.backend_tokenizer
         self.template = _compile_jinja_template(template)
         self.given = {
@@ -761,6 +760,13 @@ def _same(text: str) -> str:
 def _control(writer: _Writer, text: str) -> UnusableConversation:
     found = writer.pattern.search(text)
     return UnusableConversation("control_token", f"content holds the control token {found[0] if found else text!r}")
+
+
+def _not_rendered(writer: _Writer, what: str) -> UnusableConversation:
+    return UnusableConversation(
+        "tools_not_rendered",
+        f"the chat template of {writer.name} does not write {what}: set prompt.use=always for the project's own",
+    )
 
 
 def _boundary() -> UnusableConversation:
