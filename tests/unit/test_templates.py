@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from stages.lib import chat
-from stages.lib.schema.pack import Labels
+from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
 
 FOLDER = Path(__file__).parent.parent / "templates"
 CORPUS = (
@@ -226,3 +227,76 @@ def test_a_conversation_has_one_bos_although_template_and_tokenizer_both_set_one
     for found in (chat.prompt_ids(tokenizer, [HI]), chat.encode(tokenizer, [HI, YO]).input_ids.tolist()):
         assert found[0] == tokenizer.bos_token_id
         assert found.count(tokenizer.bos_token_id) == 1
+
+
+PIECES = [
+    "hi",
+    "yo",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "task",
+    "é",
+    "日本",
+    "🙂",
+    "3",
+    "</",
+    "|>",
+    "user\n",
+    "### Response:\n",
+    ".",
+]
+
+
+def random_rows(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(5)
+
+    def words() -> str:
+        return "x".join("".join(draw.choices(PIECES, k=draw.randint(1, 6))) for _ in range(draw.randint(1, 2)))
+
+    rows = []
+    for _ in range(count):
+        turns = [
+            turn for _ in range(draw.randint(1, 3)) for turn in ({**HI, "content": words()}, {**YO, "content": words()})
+        ]
+        system = [{**KIND, "content": words()}] if draw.random() < 0.3 else []
+        rows.append({"kind": "chat", "messages": [*system, *turns], "tools": None, "chosen": None, "label": None})
+    return rows
+
+
+def every_prefix_tokenized(tokenizer: Any, messages: list[Any], wanted: list[int]) -> list[int] | None:
+    """Labels of the wanted answers by tokenizing the whole text up to each of them; None where that is no prefix."""
+    text = chat.render(tokenizer, messages)
+    ids = chat.tokenize(tokenizer, text)
+    labels = [chat.IGNORED] * len(ids)
+    for i in wanted:
+        prompt = chat.render(tokenizer, messages[:i], add_generation_prompt=True)
+        start = chat.tokenize(tokenizer, prompt)
+        turn = chat.render(tokenizer, messages[: i + 1])
+        if not (text.startswith(prompt) and text.startswith(turn)) or ids[: len(start)] != start:
+            return None
+        special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+        end = next(k for k in range(len(start), len(ids)) if ids[k] in special)
+        labels[len(start) : end + 1] = ids[len(start) : end + 1]
+    return labels
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("labels", [Labels.assistant_only, Labels.last_turn])
+def test_labels_found_by_added_tokens_are_those_of_tokenizing_every_prefix(name: str, labels: Labels) -> None:
+    tokenizer = family(name)
+    rows = [row for row in random_rows(60) if not (name == "gemma" and row["messages"][0]["role"] == "system")]
+    settings = Pack(512, OnOverlong.drop, labels, ControlTokens.text, 0.05)
+    usable = 0
+    for row, found in zip(rows, chat.encode_all(tokenizer, rows, settings), strict=True):
+        answers = [i for i, turn in enumerate(row["messages"]) if turn["role"] == "assistant"]
+        wanted = answers[-1:] if labels is Labels.last_turn else answers
+        expected = every_prefix_tokenized(tokenizer, row["messages"], wanted)
+        if isinstance(found, chat.UnusableConversation):
+            assert expected is None, str(found)
+            continue
+        usable += 1
+        assert found.labels.tolist() == expected
+        assert found.input_ids.tolist() == chat.tokenize(tokenizer, chat.render(tokenizer, row["messages"]))
+    assert usable > 10
