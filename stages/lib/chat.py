@@ -678,15 +678,15 @@ class _Plain:
 
     def __init__(self, writer: _Writer) -> None:
         self.writer = writer
-        names = {i: f"{STAND_IN}{i}{STAND_IN}" for i in writer.control}
+        self.stand_ins = {i: f"{STAND_IN}{i}{STAND_IN}" for i in writer.control}
+        names = {**writer.added, **self.stand_ins}
         made = json.loads(writer.backend.to_str())
         made["post_processor"] = made["truncation"] = made["padding"] = None
         for token in made["added_tokens"]:
-            token["content"] = names.get(token["id"], token["content"])
+            token["content"] = names[token["id"]]
         self.backend = Tokenizer.from_str(json.dumps(made))
-        self.real = {self.backend.token_to_id(name): i for i, name in names.items()}
-        self.stand_ins = names
-        self.by_text = {text: names[i] for i, text in writer.control.items()}
+        self.real = {self.backend.token_to_id(name): i for i, name in names.items()}  # it numbers them anew
+        self.by_text = {text: self.stand_ins[i] for i, text in writer.control.items()}
         self.marked = re.compile(f"{OPEN}({writer.pattern.pattern}){CLOSE}|{OPEN}|{CLOSE}|{writer.pattern.pattern}")
 
     def swap(self, text: str) -> str:
@@ -696,9 +696,9 @@ class _Plain:
     def ids(self, text: str) -> list[int]:
         """Raises: UnusableConversation, when the tokenizer makes a control token of ordinary text all the same."""
         found = self.backend.encode(text, add_special_tokens=False).ids
-        if any(i in self.writer.control for i in found) or (
-            sum(i in self.real for i in found) != text.count(STAND_IN) / 2
-        ):
+        forged = any(i in self.writer.control and i not in self.real for i in found)
+        written = sum(self.real.get(i) in self.stand_ins for i in found)
+        if forged or written != text.count(STAND_IN) / 2:
             raise _control(self.writer, text)
         return [self.real.get(i, i) for i in found]
 
