@@ -1,16 +1,23 @@
-"""Stage tokenize_pack: render conversations with the chat template, label the answers, pack whole conversations.
+"""Stage tokenize_pack: render rows with the chat template, label what is learned, pack; report on the data.
 
-Reads data/splits/{train,validation}.parquet and the tokenizer of models/base; writes data/packed, plots/lengths.csv and
-metrics/tokenize_pack.json.
+Reads data/splits and the tokenizer of models/base, and for the report what prepare and dedup_split say about the rows;
+writes data/packed, reports/data, plots/lengths.csv, plots/labels.csv and metrics/tokenize_pack.json.
 """
 
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import chat, engine, files, packing, stage, tracking
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from stages.lib import engine, files, packing, records, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
+BASE = Path("models/base")
+ROWS = 4_000  # encoded at once
 
 
 @dataclass
@@ -19,20 +26,33 @@ class Params:
 
 
 def main(p: Params) -> None:
-    tokenizer = chat.load_tokenizer(Path("models/base"))
     metrics: dict[str, float] = {}
-    lengths: dict[str, list[int]] = {}
+    lengths = {}
     with files.replacing(Path("data/packed")) as folder:
         for split in SPLITS:
-            rows = files.read_rows(Path(f"data/splits/{split}.parquet"))
-            sorted_out = packing.encode_rows(tokenizer, rows, p.pack, split=split)
-            packs = packing.pack(sorted_out.kept, max_tokens=p.pack.max_tokens)
-            files.write_rows(folder / split / "packs.parquet", [asdict(pack) for pack in packs], packing.PACK)
-            files.write_jsonl(folder / split / "dropped.jsonl", sorted_out.dropped)
-            metrics |= packing.account(sorted_out, packs, max_tokens=p.pack.max_tokens, split=split)
-            lengths[split] = sorted_out.lengths
+            (folder / split).mkdir(parents=True)
+            with packing.collected(encoded(split, p.pack), folder / split) as found:
+                packing.check(found, p.pack, where=f"data/splits/{split}.parquet")
+                packs = packing.packs(found.tokens, max_tokens=p.pack.max_tokens)
+                n_packs = packing.write(folder / split / "packs.parquet", packs)
+                for name, rows in (("dropped", found.dropped), ("cut", found.cut)):
+                    files.write_jsonl(folder / split / f"{name}.jsonl", sorted(rows, key=lambda row: row["id"]))
+                metrics |= packing.account(found, n_packs, max_tokens=p.pack.max_tokens, split=split)
+                lengths[split] = found.lengths
     files.write_csv(Path("plots/lengths.csv"), packing.length_histogram(lengths, max_tokens=p.pack.max_tokens))
+    files.write_csv(Path("plots/labels.csv"), packing.labels_by_role(metrics))
     tracking.report("tokenize_pack", metrics)
+
+
+def encoded(split: str, p: Pack) -> Iterator[packing.Batch]:
+    """The split's rows, encoded some at a time, in their order."""
+    path = Path(f"data/splits/{split}.parquet")
+    work = functools.partial(packing.encoded, folder=BASE, p=p, where=str(path))
+    rows = pq.read_metadata(path).num_rows
+    with tqdm(total=rows, desc=f"tokenize_pack {split}", unit="row", unit_scale=True, disable=None) as bar:
+        for batch in engine.ordered_map(work, records.batches(path, ROWS)):
+            yield batch
+            bar.update(batch.counts["rows/in"])
 
 
 if __name__ == "__main__":

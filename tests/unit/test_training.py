@@ -42,7 +42,8 @@ def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
     turns = [
         [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "fox " * (i + 1)}] for i in range(n)
     ]
-    return [packing.pack({str(i): chat.encode(tokenizer, turn)}, max_tokens=256)[0] for i, turn in enumerate(turns)]
+    rows = [packing.Tokens.of([(str(i), chat.encode(tokenizer, turn))]) for i, turn in enumerate(turns)]
+    return [pack for row in rows for table in packing.packs(row, max_tokens=256) for pack in packing.packs_of(table)]
 
 
 def fit(folder: Path, tokenizer: Any, p: Train, *, lora: Lora = LORA, seed: int = 0, prepared: Any = None) -> Any:
