@@ -8,11 +8,12 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from stages.lib import engine, files, packing, records, stage, tracking
+from stages.lib import chat, data_page, engine, files, packing, records, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
@@ -39,8 +40,13 @@ def main(p: Params) -> None:
                     files.write_jsonl(folder / split / f"{name}.jsonl", sorted(rows, key=lambda row: row["id"]))
                 metrics |= packing.account(found, n_packs, max_tokens=p.pack.max_tokens, split=split)
                 lengths[split] = found.lengths
-    files.write_csv(Path("plots/lengths.csv"), packing.length_histogram(lengths, max_tokens=p.pack.max_tokens))
-    files.write_csv(Path("plots/labels.csv"), packing.labels_by_role(metrics))
+    histogram = packing.length_histogram(lengths, max_tokens=p.pack.max_tokens)
+    labels = packing.labels_by_role(metrics)
+    files.write_csv(Path("plots/lengths.csv"), histogram)
+    files.write_csv(Path("plots/labels.csv"), labels)
+    with files.replacing(Path("reports/data")) as folder:
+        folder.mkdir()
+        (folder / "index.html").write_text(page(p.pack, metrics, histogram, labels), encoding="utf-8")
     tracking.report("tokenize_pack", metrics)
 
 
@@ -53,6 +59,26 @@ def encoded(split: str, p: Pack) -> Iterator[packing.Batch]:
         for batch in engine.ordered_map(work, records.batches(path, ROWS)):
             yield batch
             bar.update(batch.counts["rows/in"])
+
+
+def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], labels: list[dict[str, Any]]) -> str:
+    """The report, from what this stage and those before it found."""
+    train = Path("data/splits/train.parquet")
+    sample = data_page.sample(train)
+    shown = packing.encoded(sample.slice(0, data_page.ROWS), folder=BASE, p=p, where=str(train))
+    return data_page.render(
+        files.read_json(Path("metrics/prepare.json")),
+        files.read_json(Path("metrics/dedup_split.json")),
+        metrics,
+        rejected=data_page.examples(Path("data/prepared/rejected.jsonl"), "code"),
+        duplicates=data_page.examples(Path("data/splits/duplicates.jsonl")),
+        contamination=data_page.examples(Path("data/splits/contamination.jsonl")),
+        lengths=histogram,
+        labels=labels,
+        spoken=data_page.languages_of(sample),
+        rows=data_page.rendered(sample, shown.tokens, chat.load_tokenizer(BASE)),
+        max_tokens=p.max_tokens,
+    )
 
 
 if __name__ == "__main__":
