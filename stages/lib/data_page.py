@@ -183,7 +183,11 @@ def histogram(lengths: Sequence[Mapping[str, int]]) -> dict[str, Any]:
             title = f"{name}: {whole(line[name])} rows of {low + 1} to {line['tokens']} tokens"
             bars.append({"split": name, "title": title} | {key: round(value, 1) for key, value in box.items()})
         low = line["tokens"]
-    ticks = [(round(44 + (i + 1) * slot, 1), line["tokens"]) for i, line in enumerate(lengths[:-1]) if i % 4 == 3]
+    ticks = [
+        (round(44 + (i + 1) * slot, 1), line["tokens"])
+        for i, line in enumerate(lengths[:-1])
+        if i % 4 == 3 and i < len(lengths) - 3
+    ]
     levels = [(percent(tallest * part / 2), round(190 - 85 * part, 1)) for part in range(3)]
     return {"bars": bars, "ticks": ticks, "levels": levels, "splits": splits, "over": lengths[-1]}
 

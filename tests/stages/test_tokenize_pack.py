@@ -18,14 +18,16 @@ PARAMS = tokenize_pack.Params(Pack(128, OnOverlong.drop, Labels.assistant_only, 
 def write_splits(tiny_model_dir: Path) -> None:
     Path("models").mkdir()
     Path("models/base").symlink_to(tiny_model_dir)
-    Path("data/splits").mkdir(parents=True)
     for split, n in (("train", 8), ("validation", 3)):
         turns = [
             [{"role": "user", "content": f"add {i} 1"}, {"role": "assistant", "content": "9 " * i + "."}]
             for i in range(n)
         ]
         rows = [records.make(messages, group=split, source="test", task="add") for messages in turns]
-        pq.write_table(records.table(rows), f"data/splits/{split}.parquet")
+        records.write(Path(f"data/splits/{split}.parquet"), rows)
+    files.write_json(Path("metrics/prepare.json"), {"rows/in": 15, "rows/out": 13, "rejected/no_answer": 2})
+    rows_of = {"rows/in": 13, "rows/train": 8, "rows/validation": 3, "rows/test": 1, "duplicates/exact": 1}
+    files.write_json(Path("metrics/dedup_split.json"), rows_of)
 
 
 def digests() -> dict[Path, str]:
@@ -56,6 +58,19 @@ def test_it_packs_both_splits_and_reports_where_tokens_went(in_tmp: Path, tiny_m
     labels = files.read_csv(Path("plots/labels.csv"))
     trained = counts["train/tokens/trained"] + counts["validation/tokens/trained"]
     assert sum(int(line["trained"]) for line in labels) == trained
+
+
+def test_it_writes_a_report_that_needs_nothing_else_and_whose_totals_are_right(
+    in_tmp: Path, tiny_model_dir: Path
+) -> None:
+    write_splits(tiny_model_dir)
+    tokenize_pack.main(PARAMS)
+    html = Path("reports/data/index.html").read_text(encoding="utf-8")
+    assert "Of 15 rows read, 8 are for training" in html
+    assert "no_answer&nbsp;2" in html
+    assert "unexplained&nbsp;" not in html
+    assert html.count("<article") == 8
+    assert not [word for word in ("http://", "https://", "<script", "<link") if word in html]
 
 
 def test_bytes_depend_on_neither_the_rows_encoded_at_once_nor_their_order(
