@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 from stages.lib import chat, data_page, packing, records
 
 PREPARE = {"rows/in": 12, "rows/out": 9, "rejected/no_answer": 2, "rejected/summary/too_long": 1}
