@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
-from stages.lib import chat, data_page, engine, files, packing, records, stage, tracking
+from stages.lib import chat, data_page, engine, files, packing, progress, records, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
@@ -55,10 +54,8 @@ def encoded(split: str, p: Pack) -> Iterator[packing.Batch]:
     path = Path(f"data/splits/{split}.parquet")
     work = functools.partial(packing.encoded, folder=BASE, p=p, where=str(path))
     rows = pq.read_metadata(path).num_rows
-    with tqdm(total=rows, desc=f"tokenize_pack {split}", unit="row", unit_scale=True, disable=None) as bar:
-        for batch in engine.ordered_map(work, records.batches(path, ROWS)):
-            yield batch
-            bar.update(batch.counts["rows/in"])
+    batches = engine.ordered_map(work, records.batches(path, ROWS))
+    yield from progress.rows(batches, rows, what=f"{split} tokenized", size=lambda batch: batch.counts["rows/in"])
 
 
 def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], labels: list[dict[str, Any]]) -> str:

@@ -29,16 +29,17 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Step:
-    """One stage's rows: in = each of parts; `unexplained` is what these leave over, 0 where the totals are right."""
+    """One stage's rows: taken + added = each of parts; `unexplained` is the difference, 0 where the totals are right."""
 
     name: str
     taken: int
     parts: list[tuple[str, int]]
     kept: int  # how many of the parts, the first ones, go on
+    added: int = 0  # noisy twins
 
     @property
     def unexplained(self) -> int:
-        return self.taken - sum(n for _, n in self.parts)
+        return self.taken + self.added - sum(n for _, n in self.parts)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def render(
     """The page as HTML.
 
     Args: prepare, split, packed: metrics of prepare, dedup_split and tokenize_pack. rejected: examples, of each code.
-        duplicates, contamination: examples of pairs. lengths, labels: rows of plots/lengths.csv and plots/labels.csv.
+        duplicates, contamination: lines of data/splits/duplicates.jsonl and contamination.jsonl. lengths, labels: rows of plots/lengths.csv and plots/labels.csv.
         spoken: rows by language, of a sample. rows: of the training split.
     """
     steps = flow(prepare, split, packed)
@@ -93,7 +94,7 @@ def render(
         histogram=histogram(lengths),
         labels=labels,
         most=max((line["trained"] + line["not_trained"] for line in labels), default=1),
-        packed=packed,
+        packed=Counter(packed),
         packed_splits=[name for name in SPLITS if f"{name}/packs" in packed],
         rows=rows,
         max_tokens=max_tokens,
@@ -116,7 +117,7 @@ def headline(prepare: Metrics, split: Metrics, packed: Metrics) -> str:
 def flow(prepare: Metrics, split: Metrics, packed: Metrics) -> list[Step]:
     """Rows in and out of each stage, with the reasons of those that do not go on."""
     rejected = named(prepare, "rejected/")
-    dropped = [*named(split, "duplicates/", ("exact", "near", "semantic", "joined")), *named(split, "dropped/")]
+    dropped = [*named(split, "duplicates/", ("exact", "near", "semantic")), *named(split, "dropped/")]
     steps = [
         Step("prepare", int(prepare["rows/in"]), [("records", int(prepare["rows/out"])), *rejected], 1),
         Step(
@@ -124,6 +125,7 @@ def flow(prepare: Metrics, split: Metrics, packed: Metrics) -> list[Step]:
             int(split["rows/in"]),
             [*((name, int(split[f"rows/{name}"])) for name in SPLITS), *dropped],
             len(SPLITS),
+            added=int(split.get("rows/noisy", 0)),
         ),
     ]
     for name in SPLITS:

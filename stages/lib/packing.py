@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,7 +65,7 @@ class Tokens:
     trained  . . x . x        (T,) bool
     """
 
-    row_ids: pa.ChunkedArray
+    row_ids: pa.ChunkedArray | pa.Array
     offsets: Int64s
     ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
@@ -414,7 +414,8 @@ def collected(batches: Iterable[Batch], folder: Path) -> Iterator[Collected]:
 
 def _mapped(file: IO[bytes], dtype: type) -> npt.NDArray[Any]:
     file.flush()
-    return np.memmap(file, dtype, mode="r") if os.fstat(file.fileno()).st_size else np.empty(0, dtype)
+    size = os.fstat(file.fileno()).st_size
+    return np.asarray(np.memmap(file, dtype, mode="r")) if size else np.empty(0, dtype)
 
 
 def packs(tokens: Tokens, *, max_tokens: int) -> Iterator[pa.Table]:
@@ -426,6 +427,7 @@ def packs(tokens: Tokens, *, max_tokens: int) -> Iterator[pa.Table]:
     """
     lengths = np.diff(tokens.offsets)
     assert lengths.max(initial=0) <= max_tokens
+    tokens = replace(tokens, row_ids=tokens.row_ids.combine_chunks())  # rows are taken from one chunk faster
     keys = pa.table({"length": lengths, "id": tokens.row_ids})
     order = pc.sort_indices(keys, sort_keys=[("length", "descending"), ("id", "ascending")]).to_numpy()
     pack_of = best_fit(lengths[order], max_tokens=max_tokens)
@@ -464,21 +466,23 @@ def best_fit(lengths: Int64s, *, max_tokens: int) -> Int64s:
 
 def _laid_out(tokens: Tokens, rows: Int64s, rows_per_pack: Int64s) -> pa.Table:
     """Sequences in this order as consecutive packs of so many of them."""
-    lengths = (tokens.offsets[rows + 1] - tokens.offsets[rows]).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    places = positions + np.repeat(tokens.offsets[rows], lengths)
-    ids = tokens.ids[places]
-    labels = np.where(tokens.trained[places], ids, np.int32(IGNORED))
+    starts, ends = tokens.offsets[rows], tokens.offsets[rows + 1]
+    lengths = ends - starts
+    spans = [slice(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    ids = np.concatenate([tokens.ids[span] for span in spans])  # a copy a row: faster than an index a token
+    labels = np.where(np.concatenate([tokens.trained[span] for span in spans]), ids, np.int32(IGNORED))
+    ramp = np.arange(lengths.max(), dtype=np.int32)
+    positions = np.concatenate([ramp[:length] for length in lengths.tolist()])
     sizes = np.add.reduceat(lengths, np.cumsum(rows_per_pack) - rows_per_pack)
-    columns = [_lists(values, sizes) for values in (ids, labels, positions.astype(np.int32))]
-    row_ids = _lists(tokens.row_ids.take(rows).combine_chunks(), rows_per_pack)
+    columns = [_lists(values, sizes) for values in (ids, labels, positions)]
+    row_ids = _lists(tokens.row_ids.take(rows), rows_per_pack)
     return pa.Table.from_arrays([*columns, row_ids], schema=PACK)
 
 
 def write(path: Path, tables: Iterable[pa.Table]) -> int:
     """Write packs; returns how many. Equal packs give equal bytes."""
-    with files.replacing(path) as new, pq.ParquetWriter(new, PACK, compression="zstd") as writer:
+    plain = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}  # a third faster, 4% larger
+    with files.replacing(path) as new, pq.ParquetWriter(new, PACK, **plain) as writer:
         count = 0
         for table in tables:
             writer.write_table(table)

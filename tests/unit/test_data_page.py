@@ -37,8 +37,18 @@ LENGTHS = [{"tokens": 64, "train": 4}, {"tokens": 128, "train": 0}, {"tokens": 2
 def rendered(**changes: Any) -> str:
     given: dict[str, Any] = {
         "rejected": [{"code": "no_answer", "where": "rows.jsonl:3", "reason": "ends with a question"}],
-        "duplicates": [{"left": "a b", "right": "a <b>", "left_id": "1" * 64, "right_id": "2" * 64, "score": 0.9}],
-        "contamination": [],
+        "duplicates": [
+            {
+                "id": "1",
+                "kept_id": "2",
+                "score": 0.9,
+                "reason": "near",
+                "source": "",
+                "text": "a b",
+                "kept_text": "a <b>",
+            }
+        ],
+        "contamination": [{"id": "4", "overlaps": "5", "where": "test", "share": 0.75, "matched": "one two three"}],
         "lengths": LENGTHS,
         "labels": [
             {"role": "user", "trained": 0, "not_trained": 60},
@@ -58,6 +68,11 @@ def test_each_step_accounts_for_the_rows_it_was_given() -> None:
         ("dedup_split", 9, 0),
         ("tokenize_pack, train", 5, 0),
     ]
+
+
+def test_noisy_twins_add_to_the_rows_of_the_training_split() -> None:
+    steps = data_page.flow(PREPARE, SPLIT | {"rows/noisy": 2, "rows/train": 7}, PACKED)
+    assert (steps[1].added, steps[1].unexplained) == (2, 0)
 
 
 def test_rows_that_nothing_accounts_for_are_shown_as_such() -> None:
@@ -83,6 +98,7 @@ def test_what_is_learned_is_marked_and_markup_in_the_data_is_text() -> None:
     assert "1 + 1 = <mark>2&lt;|im_end|&gt;</mark>" in html
     assert "a &lt;b&gt;" in html
     assert "rows.jsonl:3: ends with a question" in html
+    assert "75% of a row of test" in html
     assert "30% of the training tokens are learned" in html
     assert html == rendered()
 
