@@ -69,8 +69,8 @@ def render(
     """The page as HTML.
 
     Args: prepare, split, packed: metrics of prepare, dedup_split and tokenize_pack. rejected: examples, of each code.
-        duplicates, contamination: lines of data/splits/duplicates.jsonl and contamination.jsonl. lengths, labels: rows of
-        plots/lengths.csv and plots/labels.csv. spoken: rows by language, of a sample. rows: of the training split.
+        duplicates, contamination: lines of data/splits/duplicates.jsonl and contamination.jsonl. lengths, labels: rows
+        of plots/lengths.csv and plots/labels.csv. spoken: rows by language, of a sample. rows: of the training split.
     """
     steps = flow(prepare, split, packed)
     return page.fill(
