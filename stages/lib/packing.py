@@ -62,7 +62,7 @@ class Tokens:
     row_ids  a     b
     offsets  0     3   5      (N + 1,) int64
     ids      a a a b b        (T,) int32
-    trained  . . x . x        (T,) bool
+    trained  . . x . x        (T,) bool; never the first of a sequence, which nothing predicts
     """
 
     row_ids: pa.ChunkedArray | pa.Array
@@ -72,12 +72,11 @@ class Tokens:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[str, Encoded]]) -> "Tokens":
-        return cls(
-            pa.chunked_array([[row_id for row_id, _ in rows]], pa.string()),
-            np.cumsum([0, *(len(row.input_ids) for _, row in rows)]),
-            _joined([row.input_ids for _, row in rows], np.int32),
-            _joined([row.labels for _, row in rows], np.int32) != IGNORED,
-        )
+        offsets = np.cumsum([0, *(len(row.input_ids) for _, row in rows)])
+        trained = _joined([row.labels for _, row in rows], np.int32) != IGNORED
+        trained[offsets[:-1]] = False
+        row_ids = pa.chunked_array([[row_id for row_id, _ in rows]], pa.string())
+        return cls(row_ids, offsets, _joined([row.input_ids for _, row in rows], np.int32), trained)
 
     def per_row(self, claims: npt.NDArray[np.bool_]) -> Int64s:
         """Of how many tokens of each sequence a claim is true, (N,)."""
@@ -157,6 +156,8 @@ class _Sorting:
         self.lengths.append(length)
         if is_unwanted:
             self._drop(row, "unwanted", "its answer is marked as unwanted", length, 0)
+        elif not trained_tokens(encoding.labels[1:]):
+            self._drop(row, "nothing_to_train", "no token that others stand before is learned", length, 0)
         elif length > self.p.max_tokens:
             self._shorten(row, encoding)
         else:
@@ -172,7 +173,7 @@ class _Sorting:
         length, room = len(encoding.input_ids), self.p.max_tokens
         message = f"conversation of {length} tokens, a pack holds {room}"
         if row["kind"] == "text":
-            parts, lost = [part(encoding, start, start + room) for start in range(0, length, room)], 0
+            parts, lost = [part(encoding, start, start + room) for start in range(0, length, room)], length % room == 1
         elif self.p.on_overlong is OnOverlong.error:
             raise DataError(
                 f"{self.where}: row {row['id']}: {message}. "
@@ -183,7 +184,7 @@ class _Sorting:
         else:
             parts = self._one_part(encoding)
             lost = trained_tokens(encoding.labels) - sum(trained_tokens(part.labels) for part in parts)
-        parts = [part for part in parts if trained_tokens(part.labels)]
+        parts = [part for part in parts if trained_tokens(part.labels[1:])]
         if not parts:
             self._drop(row, "overlong", message, length, lost)
             return

@@ -198,6 +198,20 @@ def test_a_conversation_is_split_at_its_turns_and_keeps_its_system_turn(tiny_mod
     assert found.counts["lost"] == 0
 
 
+def test_a_text_is_cut_into_pieces_and_loses_nothing_but_a_last_token_alone(tiny_model_dir: Path) -> None:
+    p = replace(DROP, max_tokens=8)
+    for n_left, pieces in ((2, 3), (1, 2)):
+        row = records.make(None, kind="text", text="x", group="", source="", task="t") | {"id": "text"}
+        found = packing._Sorting(chat.load_tokenizer(tiny_model_dir), p, "")
+        ids = np.arange(16 + n_left, dtype=np.int32)
+        found.add(row, Encoded(ids, ids, np.full(len(ids), chat.ROLES.index("text"), np.int8)))
+        tokens = packing.Tokens.of(found.kept)
+        assert tokens.row_ids.to_pylist() == ["text", "text#2", "text#3"][:pieces]
+        assert tokens.ids.tolist() == list(range(16 + n_left * (n_left > 1)))
+        assert tokens.per_row(tokens.trained).tolist() == [7, 7, 1][:pieces]  # nothing predicts a first token
+        assert found.counts["tokens/cut"] == found.counts["lost"] == (n_left == 1)
+
+
 def test_the_start_is_kept_and_lost_answers_are_counted(tiny_model_dir: Path) -> None:
     p = replace(DROP, on_overlong=OnOverlong.keep_start)
     found = sorted_out(chats("nothing at all " * 20), tiny_model_dir, p)
