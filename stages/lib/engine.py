@@ -115,8 +115,9 @@ def ended(statuses: Iterable[int | None]) -> str:
     status = found[0] if found else 0
     how = f"signal {signal.Signals(-status).name}" if status and status < 0 else f"status {status}"
     return (
-        f"a worker process ended by {how} in the middle of its work, expected it to stay. SIGKILL comes mostly from the "
-        f"system when memory runs out. Set runtime.workers lower (now {workers()}) or free memory, and run again."
+        f"a worker process ended by {how} in the middle of its work, expected it to stay. SIGKILL comes mostly "
+        "from the system, when memory runs out. "
+        f"Set runtime.workers lower (now {workers()}) or free memory, and run again."
     )
 
 

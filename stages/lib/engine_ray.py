@@ -87,8 +87,8 @@ def connect(address: str | None) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, RayError) as fault:
         raise ExternalError(
-            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\nExpected host:port of a head node with "
-            "the same Python and Ray; null starts a cluster on this machine."
+            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\nExpected host:port of a head node "
+            "with the same Python and Ray; null starts a cluster on this machine."
         ) from fault
     finally:
         signal.signal(signal.SIGTERM, handler)  # ray takes it over; the stage's own records that it was ended
@@ -135,8 +135,8 @@ def _results(window: "Future[list[bytes]]") -> Iterator[Any]:
         found = window.result()
     except RayError as fault:
         raise ExternalError(
-            f"Ray gave a part of the data up after {RETRIES} repeats: {str(fault).strip()}\nExpected workers that stay; "
-            "they end mostly when memory runs out. Give the nodes more of it, or fewer cores (runtime.workers)."
+            f"Ray gave a part of the data up after {RETRIES} repeats: {str(fault).strip()}\nExpected workers that "
+            "stay; they end mostly when memory runs out. Give the nodes more of it, or fewer cores (runtime.workers)."
         ) from fault
     for result in found:
         value, raised = pickle.loads(result)
