@@ -92,9 +92,10 @@ def connect(address: str | None) -> None:
         )
     except (OSError, RuntimeError, ValueError, RayError) as fault:
         raise ExternalError(
-            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\nExpected host:port of a cluster's head, "
-            "from a machine that is a node of it and has the same Python and Ray (and RAY_AUTH_MODE=token set, where the "
-            "cluster asks for a token); null starts a cluster on this machine. See docs/ray.md."
+            f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\n"
+            "Expected host:port of a cluster's head, from a machine that is a node of it and has the same Python and "
+            "Ray (and RAY_AUTH_MODE=token, where the cluster asks for a token); null starts a cluster on this machine. "
+            "See docs/ray.md."
         ) from fault
     finally:
         signal.signal(signal.SIGTERM, handler)  # ray takes it over; the stage's own records that it was ended

@@ -32,8 +32,8 @@ OVERRIDES = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes with one core each."""
+def cluster() -> Iterator[Any]:
+    """A cluster of two nodes with one core each."""
     from stages.lib import engine_ray  # first: it switches the usage statistics off
 
     del engine_ray
@@ -44,7 +44,7 @@ def cluster() -> Iterator[str]:
     node = {"num_cpus": 1, "object_store_memory": 200 << 20}
     found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     found.add_node(**node)
-    yield found.address
+    yield found
     ray.shutdown()
     found.shutdown()
 
@@ -86,46 +86,58 @@ def killed_once(function: Callable[[Any], Any], marker: Path, driver: int, item:
 
 
 def test_both_nodes_work_and_the_results_keep_the_order_of_the_items(
-    cluster: str, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, Engine.ray, cluster)
+    use(monkeypatch, Engine.ray, cluster.address)
     found = list(engine.ordered_map(node_of, range(13)))
     assert [number for number, _ in found] == list(range(13))
     assert len({node for _, node in found}) == 2
 
 
-def test_a_fault_of_the_function_comes_out_as_itself(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Engine.ray, cluster)
+def test_a_node_may_be_lost_midway(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Engine.ray, cluster.address)
+    third = cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+    found = []
+    for number, node in engine.ordered_map(node_of, range(40)):
+        found.append((number, node))
+        if number == 12:
+            cluster.remove_node(third)
+    assert [number for number, _ in found] == list(range(40))
+    assert third.node_id in {node for _, node in found}
+
+
+def test_a_fault_of_the_function_comes_out_as_itself(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Engine.ray, cluster.address)
     with pytest.raises(DataError, match=r"^row 3 is no row$"):
         list(engine.ordered_map(refused, range(8)))
 
 
 def test_a_node_with_other_versions_of_what_decides_the_output_is_refused(
-    cluster: str, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stages.lib import engine_ray
 
-    use(monkeypatch, Engine.ray, cluster)
+    use(monkeypatch, Engine.ray, cluster.address)
     found = engine_ray.versions()
     monkeypatch.setattr(engine_ray, "versions", lambda: found | {"numpy": "0.1"})  # of the driver, not of the nodes
     with pytest.raises(ExternalError, match=rf"node .* has numpy=={found['numpy']}, expected numpy==0\.1"):
         list(engine.ordered_map(refused, range(2)))
 
 
-def test_an_item_that_ends_every_worker_ends_with_a_message(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Engine.ray, cluster)
+def test_an_item_that_ends_every_worker_ends_with_a_message(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Engine.ray, cluster.address)
     with pytest.raises(ExternalError, match=r"after 3 repeats[\s\S]*memory"):
         list(engine.ordered_map(killed, range(8)))
 
 
 def test_the_stages_write_the_same_bytes_as_on_one_machine_though_a_worker_is_killed_in_each(
-    cluster: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows.write(tmp_path / "rows.jsonl", ROWS)
     use(monkeypatch, Engine.local)
     local = outputs(tmp_path / "local", tiny_model_dir, monkeypatch)
 
-    use(monkeypatch, Engine.ray, cluster)
+    use(monkeypatch, Engine.ray, cluster.address)
     original = engine.ordered_map
     killed_in = set()
 
