@@ -80,9 +80,10 @@ def _seed(row: Mapping[str, Any]) -> Seed | None:
         pair = ("\n\n".join(part for part in parts if isinstance(part, str) and part.strip()), row.get("output"))
     if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
         return None
-    return (
-        None if _UNPRINTABLE.search(pair[0] + pair[1]) else Seed(*map(str.strip, pair), str(row.get("task") or "chat"))
-    )
+    question, answer = pair
+    if _UNPRINTABLE.search(question + answer):
+        return None
+    return Seed(question.strip(), answer.strip(), str(row.get("task") or "chat"))
 
 
 def _turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
