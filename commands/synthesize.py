@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--examples", type=_count, default=3, help="seeds shown in a request")
     known.add_argument("--temperature", type=float, default=0.8)
     known.add_argument("--max-tokens", type=_count, default=1024, help="of a response")
-    known.add_argument("--max-similarity", type=float, default=0.6, help="of instructions: Jaccard of their word pairs")
+    known.add_argument(
+        "--max-similarity", type=_share, default=0.6, help="of instructions: Jaccard of their word pairs"
+    )
     known.add_argument("--parallel", type=_count, default=1, help="requests in flight")
     known.add_argument("--timeout", type=float, default=300.0, help="for a response, seconds")
     known.add_argument("--seed", type=int, default=42)
@@ -59,16 +61,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0, at most 1")
+    return share
 
 
 def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     try:
         made = make(asked)
-    except PipelineError as fault:
+    except (PipelineError, OSError) as fault:
         print(f"synthesize: {fault}", file=sys.stderr)
         return 2
     counts = ", ".join(f"{name} {count}" for name, count in sorted(made.counts.items()))

@@ -55,6 +55,8 @@ class Seed:
 def seeds_of(rows: Iterable[Mapping[str, Any]]) -> list[Seed]:
     """One question and one answer of each row that is nothing else, in an order of their content alone, each once.
 
+    Rows that were made from others, by this or by noise, are no seeds.
+
     Args: rows: {messages}, {prompt, completion} or {instruction[, input], output}, with or without a task; records too.
     """
     found = {seed for row in rows if (seed := _seed(row))}
@@ -63,9 +65,12 @@ def seeds_of(rows: Iterable[Mapping[str, Any]]) -> list[Seed]:
 
 
 def _seed(row: Mapping[str, Any]) -> Seed | None:
+    meta = row.get("meta")
+    if row.get("source") == SOURCE or (isinstance(meta, Mapping) and "noise_of" in meta):
+        return None
     pair: Sequence[Any] = ()
-    if isinstance(row.get("messages"), Sequence):
-        turns = [turn for turn in row["messages"] if turn.get("role") != "system"]
+    if isinstance(row.get("messages"), list):
+        turns = [turn for turn in _turns(row) if turn.get("role") != "system"]
         if [turn.get("role") for turn in turns] == ["user", "assistant"]:
             pair = [turn.get("content") for turn in turns]
     elif "prompt" in row:
@@ -75,15 +80,24 @@ def _seed(row: Mapping[str, Any]) -> Seed | None:
         pair = ("\n\n".join(part for part in parts if isinstance(part, str) and part.strip()), row.get("output"))
     if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
         return None
-    return Seed(pair[0].strip(), pair[1].strip(), str(row.get("task") or "chat"))
+    question, answer = pair
+    if _UNPRINTABLE.search(question + answer):
+        return None
+    return Seed(question.strip(), answer.strip(), str(row.get("task") or "chat"))
+
+
+def _turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [turn for turn in row["messages"] if isinstance(turn, Mapping)]
 
 
 def questions_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Everything a user says in rows such as `seeds_of` takes, several turns and long ones too: what a test asks."""
     found = set()
     for row in rows:
-        if isinstance(row.get("messages"), Sequence):
-            found |= {turn["content"] for turn in row["messages"] if turn["role"] == "user" and turn.get("content")}
+        if isinstance(row.get("messages"), list):
+            found |= {
+                str(turn["content"]) for turn in _turns(row) if turn.get("role") == "user" and turn.get("content")
+            }
         elif seed := _seed(row):
             found.add(seed.question)
     return sorted(found)

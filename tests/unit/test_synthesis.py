@@ -59,6 +59,11 @@ def test_seeds_are_read_from_every_form_and_their_order_does_not_matter() -> Non
         {"prompt": "q4", "completion": "x" * synthesis.MAX_EXAMPLE_CHARS},
         {"prompt": "q5", "completion": None},
         {"text": "of nothing but text", "messages": None},
+        {"prompt": "half a \ud800 sign", "completion": "a"},
+        {"messages": "q", "meta": 3},
+        {"messages": [None, {"role": "user"}]},
+        {"prompt": "q6", "completion": "a6", "source": "synthetic"},
+        {"prompt": "q7", "completion": "a7", "meta": {"noise_of": "0"}},
     ]
     expected = [Seed("q1", "a1", "chat"), Seed("q3", "a3", "chat"), Seed("q2\n\nmore", "a2", "t")]
     assert synthesis.seeds_of(rows) == synthesis.seeds_of([*rows[::-1], rows[0]]) == expected
@@ -302,6 +307,7 @@ def test_a_busy_endpoint_is_asked_again_and_the_answer_is_no_when_rows_are_missi
         (["--seeds", "texts.jsonl"], "texts.jsonl: no row is one question with one answer"),
         (["--url", "127.0.0.1:80"], "--url: found '127.0.0.1:80', expected an address such as http://"),
         (["--url", "http://127.0.0.1:1/v1"], "http://127.0.0.1:1/v1: no answer (ConnectError). Check --url"),
+        (["--out", "bad.jsonl"], "bad.jsonl"),
         (["--gguf", "none.gguf"], "none.gguf: not found, expected a GGUF file. Change --gguf"),
     ],
 )
@@ -313,6 +319,21 @@ def test_bad_input_is_one_message_and_exit_2(more: list[str], message: str, capf
     said = capfd.readouterr().err
     assert said.startswith("synthesize: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rows", "0"], "--rows: found '0', expected a whole number, 1 or more"),
+        (["--max-similarity", "2"], "--max-similarity: found '2', expected a number above 0, at most 1"),
+        (["--url", "http://h/v1", "--gguf", "m.gguf"], "--gguf: not allowed with argument --url"),
+    ],
+)
+@pytest.mark.usefixtures("in_tmp")
+def test_a_bad_command_line_ends_with_exit_2(more: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        synthesize.main(arguments(None, *more))
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("in_tmp")
