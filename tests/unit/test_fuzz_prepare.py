@@ -1,10 +1,13 @@
 """Hostile files: each ends in rows and rejections or in one error, and no good row is lost."""
 
+import functools
 import json
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +15,53 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.lib import formats, preparing, records
 from stages.lib.errors import DataError
-from stages.lib.rows import Unfit, Unparsed
+from stages.lib.rows import Rejection, Unfit, Unparsed
+from stages.lib.schema.data import FIELDS, Data
 from stages.lib.sources import json_text, reading
+from tests import data_settings
 from tests.corpus import make
 
 CORPUS = make.FOLDER
 EXPECTED: dict[str, dict[str, Any]] = json.loads(CORPUS.with_name("expected.json").read_text())
-GOOD = re.compile(r"good row \d+")
 
 
 def read(path: Path) -> list[tuple[str, Any]]:
     return [found for block in reading.file_blocks(path, path.name) for found in reading.parsed(block)]
 
 
-def prompts(rows: list[tuple[str, Any]]) -> set[str]:
-    """Those of good rows, whatever the format."""
-    found = set()
-    for _, row in rows:
-        if isinstance(row, dict):
-            turns = row.get("messages")
-            first = turns[0] if isinstance(turns, list) and turns else None
-            prompt = first.get("content") if isinstance(first, dict) else row.get("prompt")
-            found |= {prompt} if isinstance(prompt, str) and GOOD.fullmatch(prompt) else set()
-    return found
+@functools.cache
+def _settings() -> tuple[dict[str, Data], dict[str, str]]:
+    data = data_settings.settings(max_chars=50_000)
+    return data.each(), formats.templates(data)
 
 
-@pytest.mark.timeout(60)
+def prepared(blocks: Iterable[reading.Block]) -> tuple[list[dict[str, Any]], list[Rejection]]:
+    """The records and the rejections of blocks."""
+    outcomes = [preparing.prepared(block, *_settings()) for block in blocks]
+    found = [row for outcome in outcomes for row in records.rows(outcome.table)]
+    return found, [rejection for outcome in outcomes for rejection in outcome.rejected]
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", sorted({name.split("_")[0] for name in EXPECTED}))
 def test_every_hostile_file_is_accounted_for_row_by_row_or_refused_with_one_message(kind: str) -> None:
     """One test a kind: hundreds of test cases would cost more than what they do."""
     for name, expected in EXPECTED.items():
         if not name.startswith(f"{kind}_"):
             continue
+        blocks = reading.file_blocks(CORPUS / name, name)
         if expected["refused"]:
             with pytest.raises(DataError, match=f"^{re.escape(name)}.*({expected['refused']})"):
-                read(CORPUS / name)
+                prepared(blocks)
             continue
-        rows = read(CORPUS / name)
-        assert len(rows) == expected["rows"], name
-        assert all(isinstance(row, (dict, Unparsed)) for _, row in rows), name
-        assert len({where for where, _ in rows}) == len(rows) or name.endswith("json"), name
-        assert prompts(rows) == {f"good row {number}" for number in expected["good"]}, name
+        kept, rejected = prepared(blocks)
+        assert len(kept) + len(rejected) == expected["rows"], name
+        assert all(rejection.code and rejection.reason for rejection in rejected), name
+        prompts = {row["messages"][0]["content"] for row in kept if row["messages"]}
+        good = {f"good row {number}" for number in expected["good"]}
+        assert {prompt for prompt in prompts if prompt.startswith("good row")} == good, name
 
 
 def test_the_corpus_is_what_its_script_makes() -> None:
@@ -66,10 +74,11 @@ def test_the_corpus_is_what_its_script_makes() -> None:
             assert (CORPUS / name).read_bytes() == hostile.content, name
 
 
-def test_each_bad_line_of_the_corpus_is_rejected_with_a_code_and_a_reason() -> None:
-    for name in make.LINES:
-        bad = [row for _, row in read(CORPUS / f"line_{name}.jsonl") if isinstance(row, Unparsed)]
-        assert [bool(row.code and row.reason) for row in bad] == [True], name
+@pytest.mark.parametrize("name", ["null_row", "repeated_key_escaped", "lists_9000_open", "byte_ff", "cut_in_text"])
+def test_a_bad_line_of_the_corpus_is_kept_with_its_place(name: str) -> None:
+    ((_, bad),) = [found for found in read(CORPUS / f"line_{name}.jsonl") if isinstance(found[1], Unparsed)]
+    (rejection,) = prepared(reading.file_blocks(CORPUS / f"line_{name}.jsonl", "my.jsonl"))[1]
+    assert (rejection.where, rejection.code) == ("my.jsonl:2", bad.code)
 
 
 HOW_LONG = pytest.mark.parametrize("examples", [60, pytest.param(5_000, marks=pytest.mark.slow)])
@@ -88,6 +97,19 @@ values = st.recursive(
     max_leaves=12,
 )
 texts = st.text(alphabet=string.punctuation + string.whitespace + "0a", max_size=40)
+words = st.sampled_from(["user", "assistant", "tool", "system", "human", "true", "", " ", "{}", "[1]", "a", "\x00"])
+odd = st.sampled_from([None, True, 7, 10**40, 0.5, float("nan"), b"x", datetime(2026, 1, 1), Decimal("1.5"), [], {}])
+turns = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]), words | odd, max_size=3
+    )
+    | words
+    | odd,
+    max_size=3,
+)
+shapes = st.dictionaries(
+    st.sampled_from([*FIELDS, "conversations", "source", "x"]), words | odd | turns, min_size=1, max_size=5
+)
 lines = st.one_of(
     st.binary(max_size=60),
     texts.map(str.encode),
@@ -152,6 +174,19 @@ def test_the_fast_reader_and_the_strict_one_agree_on_every_text(examples: int) -
     @given(text=lines | mutated())
     def law(text: bytes) -> None:
         assert outcome(json_text.value, text) == outcome(json_text._strict, text)
+
+    law()
+
+
+@HOW_LONG
+def test_rows_of_any_shape_end_in_records_or_rejections(examples: int) -> None:
+    @searched(examples)
+    @given(hostile=st.lists(shapes, max_size=6))
+    def law(hostile: list[Any]) -> None:
+        content = [(f"my.jsonl:{number}", row) for number, row in enumerate([*hostile, make.chat(1)], start=1)]
+        kept, rejected = prepared([reading.Block("", "my.jsonl", 1, content)])
+        assert len(kept) + len(rejected) == len(content)
+        assert kept[-1]["messages"] == make.chat(1)["messages"]
 
     law()
 
