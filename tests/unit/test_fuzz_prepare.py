@@ -91,12 +91,12 @@ def searched(examples: int) -> settings:
     )
 
 
+texts = st.text(alphabet=string.punctuation + string.whitespace + "0a", max_size=40)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-texts = st.text(alphabet=string.punctuation + string.whitespace + "0a", max_size=40)
 words = st.sampled_from(["user", "assistant", "tool", "system", "human", "true", "", " ", "{}", "[1]", "a", "\x00"])
 odd = st.sampled_from([None, True, 7, 10**40, 0.5, float("nan"), b"x", datetime(2026, 1, 1), Decimal("1.5"), [], {}])
 turns = st.lists(

@@ -265,8 +265,9 @@ def _lines(stream: BinaryIO, source: str, name: str) -> Iterator[Block]:
 
 def _check_lines(start: bytes, name: str) -> None:
     """Refuse what is JSON but in no lines, or in lines of another kind."""
-    if (line := start.lstrip().partition(b"\n")[0].strip()) in (b"{", b"["):
-        what = "an object" if line == b"{" else "a list"
+    line, _, rest = start.lstrip().partition(b"\n")
+    if (line.strip(), rest.lstrip()[:1]) in ((b"{", b'"'), (b"[", b"{")):
+        what = "an object" if line.strip() == b"{" else "a list"
         raise DataError(
             f"{name}: is {what} over several lines, expected one object per line. Write a list of objects to a .json "
             "file, or each object into one line of a .jsonl file."
