@@ -60,7 +60,7 @@ def test_each_conversation_goes_where_it_leaves_least_room() -> None:
     packs = packed({"a": row(3), "b": row(2, 10), "c": row(2, 20), "d": row(1, 30)}, max_tokens=4)
     assert [pack.row_ids for pack in packs] == [["a", "d"], ["b", "c"]]
     assert packs[0].input_ids == [0, 1, 2, 30]
-    assert packs[0].labels == [IGNORED, IGNORED, 2, 30]
+    assert packs[0].labels == [IGNORED, IGNORED, 2, IGNORED]  # nothing predicts the first token of a sequence
     assert packs[0].position_ids == [0, 1, 2, 0]
 
 
