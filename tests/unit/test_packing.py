@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from stages.lib import chat, packing, records
@@ -210,6 +211,29 @@ def test_a_text_is_cut_into_pieces_and_loses_nothing_but_a_last_token_alone(tiny
         assert tokens.ids.tolist() == list(range(16 + n_left * (n_left > 1)))
         assert tokens.per_row(tokens.trained).tolist() == [7, 7, 1][:pieces]  # nothing predicts a first token
         assert found.counts["tokens/cut"] == found.counts["lost"] == (n_left == 1)
+
+
+def preference(rejected: str) -> dict[str, Any]:
+    ask = [{"role": "user", "content": "1 2 3"}]
+    sides = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "4"), ("rejected", rejected))}
+    return records.make(ask, **sides, kind="preference", group="", source="", task="t")  # type: ignore[arg-type]
+
+
+def test_of_a_preference_the_chosen_answer_is_packed_and_both_stand_in_pairs(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    rows = [preference("5 6"), preference("nothing at all " * 20)]
+    found = sorted_out(rows, tiny_model_dir, DROP)
+    counts = accounted(found, DROP, tmp_path)
+    (pair,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert pair["row_id"] == rows[0]["id"]
+    both = pair["prompt_ids"] + pair["chosen_ids"]
+    assert both == found.tokens.ids[: len(both)].tolist()
+    assert both[-1] == pair["rejected_ids"][-1]  # the token that ends a turn
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    assert tokenizer.decode(pair["rejected_ids"]).startswith("5 6<|im_end|>")
+    assert (counts["train/pairs"], counts["train/pairs/dropped/overlong"]) == (1, 1)
+    assert counts["train/pairs/tokens/rejected"] == len(pair["rejected_ids"])
 
 
 def test_the_start_is_kept_and_lost_answers_are_counted(tiny_model_dir: Path) -> None:
