@@ -242,6 +242,7 @@ def test_the_start_is_kept_and_lost_answers_are_counted(tiny_model_dir: Path) ->
     (line,) = found.cut
     assert len(found.tokens.ids) == 64
     assert (line["tokens"], line["lost"]) == (found.lengths[0] - 64, found.lengths[0] - 64 - 1)  # "\n" was not learned
+    assert found.counts["lost"] == line["lost"]
 
 
 @pytest.mark.parametrize(
