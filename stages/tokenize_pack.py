@@ -17,7 +17,7 @@ from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
 BASE = Path("models/base")
-ROWS = 4_000  # encoded at once
+ROWS = 5_000  # encoded at once
 
 
 @dataclass
@@ -62,7 +62,8 @@ def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], la
     """The report, from what this stage and those before it found."""
     train = Path("data/splits/train.parquet")
     sample = data_page.sample(train)
-    shown = packing.encoded(sample.slice(0, data_page.ROWS), folder=BASE, p=p, where=str(train))
+    first = sample.slice(0, 3 * data_page.ROWS)  # some of which may be dropped
+    shown = packing.encoded(first, folder=BASE, p=p, where=str(train))
     return data_page.render(
         files.read_json(Path("metrics/prepare.json")),
         files.read_json(Path("metrics/dedup_split.json")),

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from stages.lib import languages, packing, page, records
 
 EXAMPLES = 5  # of each kind
+LANGUAGES = 12  # named; the others together
 ROWS = 20  # rendered
 SAMPLE = 2_000  # rows whose language is looked at
 MAX_CHARS = 1_500  # of an example's text
@@ -40,6 +41,10 @@ class Step:
     @property
     def unexplained(self) -> int:
         return self.taken + self.added - sum(n for _, n in self.parts)
+
+    @property
+    def out(self) -> int:
+        return sum(n for _, n in self.parts[: self.kept])
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def render(
         contamination=contamination,
         splits=shares(split),
         tasks=tasks(split),
-        spoken=sorted(spoken.items(), key=lambda item: (-item[1], item[0])),
+        spoken=most_spoken(spoken),
         sampled=sum(spoken.values()),
         histogram=histogram(lengths),
         labels=labels,
@@ -168,6 +173,13 @@ def by_code(rejected: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str
     for row in rejected:
         found.setdefault(row["code"], []).append(row)
     return dict(sorted(found.items()))
+
+
+def most_spoken(spoken: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(language, rows), most first, and last all those not among LANGUAGES."""
+    ordered = sorted(spoken.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(n for _, n in ordered[LANGUAGES:])
+    return ordered[:LANGUAGES] + [("others", rest)] * (rest > 0)
 
 
 def histogram(lengths: Sequence[Mapping[str, int]]) -> dict[str, Any]:

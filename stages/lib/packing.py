@@ -147,16 +147,13 @@ class _Sorting:
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Mapping[str, Any], encoding: Encoded | UnusableConversation) -> None:
-        is_unwanted = row["kind"] == "unpaired" and row["label"] == "false"
         if isinstance(encoding, UnusableConversation):
-            lost = 0 if is_unwanted else answer_tokens(self.tokenizer, row)
+            lost = 0 if encoding.reason == "unwanted" else answer_tokens(self.tokenizer, row)
             self._drop(row, encoding.reason, str(encoding), None, lost)
             return
         length = len(encoding.input_ids)
         self.lengths.append(length)
-        if is_unwanted:
-            self._drop(row, "unwanted", "its answer is marked as unwanted", length, 0)
-        elif not trained_tokens(encoding.labels[1:]):
+        if not trained_tokens(encoding.labels[1:]):
             self._drop(row, "nothing_to_train", "no token that others stand before is learned", length, 0)
         elif length > self.p.max_tokens:
             self._shorten(row, encoding)
@@ -173,7 +170,10 @@ class _Sorting:
         length, room = len(encoding.input_ids), self.p.max_tokens
         message = f"conversation of {length} tokens, a pack holds {room}"
         if row["kind"] == "text":
-            parts, lost = [part(encoding, start, start + room) for start in range(0, length, room)], length % room == 1
+            parts, lost = (
+                [part(encoding, start, start + room) for start in range(0, length, room)],
+                int(length % room == 1),
+            )
         elif self.p.on_overlong is OnOverlong.error:
             raise DataError(
                 f"{self.where}: row {row['id']}: {message}. "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from stages.lib import chat, packing, records
@@ -60,7 +61,7 @@ def test_each_conversation_goes_where_it_leaves_least_room() -> None:
     packs = packed({"a": row(3), "b": row(2, 10), "c": row(2, 20), "d": row(1, 30)}, max_tokens=4)
     assert [pack.row_ids for pack in packs] == [["a", "d"], ["b", "c"]]
     assert packs[0].input_ids == [0, 1, 2, 30]
-    assert packs[0].labels == [IGNORED, IGNORED, 2, 30]
+    assert packs[0].labels == [IGNORED, IGNORED, 2, IGNORED]  # nothing predicts the first token of a sequence
     assert packs[0].position_ids == [0, 1, 2, 0]
 
 
@@ -212,12 +213,36 @@ def test_a_text_is_cut_into_pieces_and_loses_nothing_but_a_last_token_alone(tiny
         assert found.counts["tokens/cut"] == found.counts["lost"] == (n_left == 1)
 
 
+def preference(rejected: str) -> dict[str, Any]:
+    ask = [{"role": "user", "content": "1 2 3"}]
+    sides = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "4"), ("rejected", rejected))}
+    return records.make(ask, **sides, kind="preference", group="", source="", task="t")  # type: ignore[arg-type]
+
+
+def test_of_a_preference_the_chosen_answer_is_packed_and_both_stand_in_pairs(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    rows = [preference("5 6"), preference("nothing at all " * 20)]
+    found = sorted_out(rows, tiny_model_dir, DROP)
+    counts = accounted(found, DROP, tmp_path)
+    (pair,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert pair["row_id"] == rows[0]["id"]
+    both = pair["prompt_ids"] + pair["chosen_ids"]
+    assert both == found.tokens.ids[: len(both)].tolist()
+    assert both[-1] == pair["rejected_ids"][-1]  # the token that ends a turn
+    tokenizer = chat.load_tokenizer(tiny_model_dir)
+    assert tokenizer.decode(pair["rejected_ids"]).startswith("5 6<|im_end|>")
+    assert (counts["train/pairs"], counts["train/pairs/dropped/overlong"]) == (1, 1)
+    assert counts["train/pairs/tokens/rejected"] == len(pair["rejected_ids"])
+
+
 def test_the_start_is_kept_and_lost_answers_are_counted(tiny_model_dir: Path) -> None:
     p = replace(DROP, on_overlong=OnOverlong.keep_start)
     found = sorted_out(chats("nothing at all " * 20), tiny_model_dir, p)
     (line,) = found.cut
     assert len(found.tokens.ids) == 64
     assert (line["tokens"], line["lost"]) == (found.lengths[0] - 64, found.lengths[0] - 64 - 1)  # "\n" was not learned
+    assert found.counts["lost"] == line["lost"]
 
 
 @pytest.mark.parametrize(

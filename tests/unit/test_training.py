@@ -129,11 +129,11 @@ def test_answers_in_a_pack_are_as_likely_as_evaluation_finds_them_alone(
     rows = {str(i): chat.encode(tokenizer, turns) for i, turns in enumerate(conversations(4))}
     table = pa.concat_tables(packing.packs(packing.Tokens.of(list(rows.items())), max_tokens=256))
     (pack,) = packing.packs_of(table)
-    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
     torch.manual_seed(0)
+    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
     for name, parameter in qlora.trainable(model).items():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
+            parameter.data.normal_(std=0.5)
     batch = training.end_to_end([vars(pack)])
     packed, n_labels = training.answer_nll(model.train(is_training), batch)
     documents = packing.documents(pack)
@@ -141,10 +141,10 @@ def test_answers_in_a_pack_are_as_likely_as_evaluation_finds_them_alone(
         model.eval(), [d.prompt for d in documents], [d.answer for d in documents], batch_size=4
     )
     assert n_labels == sum(likelihood.n_tokens for likelihood in alone)
-    assert packed.item() == pytest.approx(sum(likelihood.nll for likelihood in alone), rel=1e-4)
+    assert packed.item() == pytest.approx(sum(likelihood.nll for likelihood in alone), rel=1e-5)
     batch["position_ids"] = torch.arange(len(pack.input_ids))[None]  # one document: each answer sees those before it
     together, _ = training.answer_nll(model, batch)
-    assert together.item() != pytest.approx(packed.item(), rel=1e-3)  # so that the comparison could have failed
+    assert together.item() != pytest.approx(packed.item(), rel=1e-4)  # so that the comparison could have failed
 
 
 @pytest.mark.parametrize("dtype", [ComputeDtype.float32, ComputeDtype.bfloat16])

@@ -7,17 +7,21 @@ from stages.lib.errors import check_values
 
 
 class OnOverlong(StrEnum):
+    """What becomes of a row of more than max_tokens. Plain text is cut into pieces whatever is set."""
+
     drop = "drop"
     error = "error"
-    keep_start = "keep_start"  # cut at the end
-    keep_end_of_prompt = "keep_end_of_prompt"  # the prompt loses its beginning, the answer nothing
-    split_turns = "split_turns"  # several rows of whole turns
+    keep_start = "keep_start"  # cut at the end; dropped where no token to learn is left
+    keep_end_of_prompt = (
+        "keep_end_of_prompt"  # what stands before the last answer loses its beginning, that answer nothing
+    )
+    split_turns = "split_turns"  # several rows of whole turns, each with the system turn; a preference is dropped
 
 
 class Labels(StrEnum):
-    assistant_only = "assistant_only"
-    last_turn = "last_turn"
-    all = "all"
+    assistant_only = "assistant_only"  # every answer
+    last_turn = "last_turn"  # the last answer
+    all = "all"  # every token
 
 
 class ControlTokens(StrEnum):
@@ -27,7 +31,7 @@ class ControlTokens(StrEnum):
 
 @dataclass
 class Pack:
-    max_tokens: int
+    max_tokens: int  # of a row, and of the pack that holds several
     on_overlong: OnOverlong
     labels: Labels
     control_tokens: ControlTokens
