@@ -10,7 +10,6 @@ import csv
 import json
 import logging
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -226,8 +225,8 @@ def draw(found: Sequence[dict[str, Any]], folder: Path) -> None:
         left.plot(sizes, seconds, marker="o", label=stage)
         right.plot(sizes, [entry["peak_mib"][stage] for entry in found], marker="o", label=stage)
     total = [sum(entry["seconds"].values()) for entry in found]
-    per_row = statistics.median(spent / size for spent, size in zip(total, sizes, strict=True))
-    left.plot(sizes, [per_row * size for size in sizes], color="gray", linestyle="--", label="in proportion to rows")
+    in_proportion = [total[-1] * size / sizes[-1] for size in sizes]
+    left.plot(sizes, in_proportion, color="gray", linestyle="--", label="in proportion to rows")
     left.plot(sizes, total, color="black", marker=".", label="all three")
     left.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds")
     right.set(xscale="log", xlabel="rows", ylabel="peak of all processes, MiB", ylim=(0, None))
