@@ -8,8 +8,8 @@ import argparse
 import contextlib
 import csv
 import json
+import logging
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prepare", "dedup_split", "tokenize_pack")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 OVERRIDES = ("data=local", "pack.max_tokens=2048")
+SHARED = ("conf", "dvc.yaml", "data/benchmarks")  # what the stages read of the repository
 SAMPLES_PER_SECOND = 10
 BATCH = 1000  # rows given to the bare tokenizer at once
 
@@ -74,10 +75,10 @@ def measured(folder: Path, base: Path, size: int, overrides: Sequence[str]) -> d
     mib = (folder / "rows.jsonl").stat().st_size >> 20
     print(f"{size:,} rows, {mib:,} MiB, made in {time.monotonic() - started:.0f} s", flush=True)
     params.write(folder / "params.yaml", [*OVERRIDES, f"data.path={folder / 'rows.jsonl'}", *overrides], ROOT / "conf")
-    (folder / "models").mkdir(exist_ok=True)
-    for link, target in ((folder / "conf", ROOT / "conf"), (folder / "models/base", base)):
-        if not link.exists():
-            link.symlink_to(target)
+    for name, target in {**{name: ROOT / name for name in SHARED}, "models/base": base}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target)
     environment = stage_environment(folder)
     make_store(environment["MLFLOW_TRACKING_URI"])
 
@@ -118,6 +119,7 @@ def make_store(uri: str) -> None:
     """The tables of an MLflow store take seconds to make; a user's are there already."""
     import mlflow
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.MlflowClient(tracking_uri=uri).search_experiments()
 
 
@@ -223,8 +225,8 @@ def draw(found: Sequence[dict[str, Any]], folder: Path) -> None:
         left.plot(sizes, seconds, marker="o", label=stage)
         right.plot(sizes, [entry["peak_mib"][stage] for entry in found], marker="o", label=stage)
     total = [sum(entry["seconds"].values()) for entry in found]
-    per_row = statistics.median(spent / size for spent, size in zip(total, sizes, strict=True))
-    left.plot(sizes, [per_row * size for size in sizes], color="gray", linestyle="--", label="in proportion to rows")
+    in_proportion = [total[-1] * size / sizes[-1] for size in sizes]
+    left.plot(sizes, in_proportion, color="gray", linestyle="--", label="in proportion to rows")
     left.plot(sizes, total, color="black", marker=".", label="all three")
     left.set(xscale="log", yscale="log", xlabel="rows", ylabel="seconds")
     right.set(xscale="log", xlabel="rows", ylabel="peak of all processes, MiB", ylim=(0, None))

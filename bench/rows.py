@@ -17,7 +17,7 @@ import orjson
 
 VOCABULARY = 50_000
 NUMBERS = 4_000  # as words of the vocabulary: about 3% of the running text
-CHUNK = 20_000  # rows made at once, each chunk from a seed of its own
+CHUNK = 2_000  # rows made at once, each chunk from a seed of its own
 REPEATS, NEAR, BAD = 0.05, 0.10, 0.01
 POOL = 50_000  # earlier rows that may be repeated
 USER_WORDS, ANSWER_WORDS, SPREAD, LONGEST = 16, 38, 0.65, 400  # median, median, sigma of the logarithm, at most
