@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
 
 from stages.lib import chat, data_page, engine, files, packing, progress, records, stage, tracking
 from stages.lib.schema.pack import Pack
@@ -26,12 +27,13 @@ class Params:
 
 
 def main(p: Params) -> None:
+    tokenizer = chat.load_tokenizer(BASE)
     metrics: dict[str, float] = {}
     lengths = {}
     with files.replacing(Path("data/packed")) as folder:
         for split in SPLITS:
             (folder / split).mkdir(parents=True)
-            with packing.collected(encoded(split, p.pack), folder / split) as found:
+            with packing.collected(encoded(tokenizer, split, p.pack), folder / split) as found:
                 packing.check(found, p.pack, where=f"data/splits/{split}.parquet")
                 packs = packing.packs(found.tokens, max_tokens=p.pack.max_tokens)
                 n_packs = packing.write(folder / split / "packs.parquet", packs)
@@ -45,25 +47,31 @@ def main(p: Params) -> None:
     files.write_csv(Path("plots/labels.csv"), labels)
     with files.replacing(Path("reports/data")) as folder:
         folder.mkdir()
-        (folder / "index.html").write_text(page(p.pack, metrics, histogram, labels), encoding="utf-8")
+        (folder / "index.html").write_text(page(tokenizer, p.pack, metrics, histogram, labels), encoding="utf-8")
     tracking.report("tokenize_pack", metrics)
 
 
-def encoded(split: str, p: Pack) -> Iterator[packing.Batch]:
+def encoded(tokenizer: PreTrainedTokenizerFast, split: str, p: Pack) -> Iterator[packing.Batch]:
     """The split's rows, encoded some at a time, in their order."""
     path = Path(f"data/splits/{split}.parquet")
-    work = functools.partial(packing.encoded, folder=BASE, p=p, where=str(path))
+    work = functools.partial(packing.encoded, tokenizer=tokenizer, p=p, where=str(path))
     rows = pq.read_metadata(path).num_rows
     batches = engine.ordered_map(work, records.batches(path, ROWS))
     yield from progress.rows(batches, rows, what=f"{split} tokenized", size=lambda batch: batch.counts["rows/in"])
 
 
-def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], labels: list[dict[str, Any]]) -> str:
+def page(
+    tokenizer: PreTrainedTokenizerFast,
+    p: Pack,
+    metrics: dict[str, float],
+    histogram: list[dict[str, int]],
+    labels: list[dict[str, Any]],
+) -> str:
     """The report, from what this stage and those before it found."""
     train = Path("data/splits/train.parquet")
     sample = data_page.sample(train)
     first = sample.slice(0, 3 * data_page.ROWS)  # some of which may be dropped
-    shown = packing.encoded(first, folder=BASE, p=p, where=str(train))
+    shown = packing.encoded(first, tokenizer=tokenizer, p=p, where=str(train))
     return data_page.render(
         files.read_json(Path("metrics/prepare.json")),
         files.read_json(Path("metrics/dedup_split.json")),
@@ -74,7 +82,7 @@ def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], la
         lengths=histogram,
         labels=labels,
         spoken=data_page.languages_of(sample),
-        rows=data_page.rendered(sample, shown.tokens, chat.load_tokenizer(BASE)),
+        rows=data_page.rendered(sample, shown.tokens, tokenizer),
         max_tokens=p.max_tokens,
     )
 

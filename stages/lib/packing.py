@@ -105,13 +105,13 @@ class Batch:
     counts: Counter[str]
 
 
-def encoded(found: pa.RecordBatch | pa.Table, *, folder: Path, p: Settings, where: str) -> Batch:
+def encoded(found: pa.RecordBatch | pa.Table, *, tokenizer: PreTrainedTokenizerFast, p: Settings, where: str) -> Batch:
     """Records as labelled tokens, none longer than pack.max_tokens, and what was lost on the way.
 
-    Args: folder: of the tokenizer. where: the file of the records, for messages.
+    Args: where: the file of the records, for messages.
     Raises: DataError, for an overlong row where pack.on_overlong is `error`; GateError, for labels that break a rule.
     """
-    tokenizer, rows = _tokenizer(folder), records.rows(found)
+    rows = records.rows(found)
     sorting = _Sorting(tokenizer, p, where)
     for row, encoding in zip(rows, chat.encode_all(tokenizer, rows, p), strict=True):
         sorting.add(row, encoding)
@@ -123,13 +123,6 @@ def encoded(found: pa.RecordBatch | pa.Table, *, folder: Path, p: Settings, wher
     pairs, of_pairs = preference_pairs(tokenizer, [row for row in rows if row["kind"] == "preference"], p)
     lengths = np.array(sorting.lengths, np.int32)
     return Batch(tokens, lengths, sorting.dropped, sorting.cut, pairs, counts + of_pairs)
-
-
-@functools.cache
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """One a process. Work is spread over processes; threads of the tokenizer's own would contend with them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return chat.load_tokenizer(folder)
 
 
 @dataclass

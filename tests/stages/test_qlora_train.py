@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stages import qlora_train
-from stages.lib import files, models, numerics, packing, records
+from stages.lib import chat, files, models, numerics, packing, records
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
@@ -28,7 +28,7 @@ def prepared(in_tmp: Path, tiny_model_dir: Path) -> Path:
             [{"role": "user", "content": f"add {i} 1"}, {"role": "assistant", "content": f"{i} plus"}] for i in range(n)
         ]
         rows = [records.make(messages, group=split, source="test", task="add") for messages in turns]
-        found = packing.encoded(records.table(rows), folder=tiny_model_dir, p=PACK, where=split)
+        found = packing.encoded(records.table(rows), tokenizer=chat.load_tokenizer(tiny_model_dir), p=PACK, where=split)
         packs = packing.packs(found.tokens, max_tokens=PACK.max_tokens)
         packing.write(Path(f"data/packed/{split}/packs.parquet"), packs)
     return in_tmp

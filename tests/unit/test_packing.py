@@ -47,7 +47,9 @@ def chats(*answers: str) -> list[dict[str, Any]]:
 
 
 def sorted_out(rows: Sequence[dict[str, Any]], folder: Path, p: Settings) -> packing.Batch:
-    return packing.encoded(records.table(rows), folder=folder, p=p, where="data/splits/train.parquet")
+    return packing.encoded(
+        records.table(rows), tokenizer=chat.load_tokenizer(folder), p=p, where="data/splits/train.parquet"
+    )
 
 
 def accounted(batch: packing.Batch, p: Settings, tmp_path: Path) -> dict[str, float]:
