@@ -2,13 +2,17 @@
 
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
-from stages.lib.schema.data import Clean, Data, Noise, Source
+from stages.lib.schema.data import Data
 from tests.conftest import ROOT
 
 
 def settings(**changes: Any) -> Data:
     """A local source, with these keys changed."""
-    values = yaml.safe_load((ROOT / "conf/shared/data.yaml").read_text()) | {"source": Source.local} | changes
-    return Data(**values | {"clean": Clean(**values["clean"]), "noise": Noise(**values["noise"])})
+    found = OmegaConf.merge(
+        OmegaConf.structured(Data), OmegaConf.load(ROOT / "conf/shared/data.yaml"), {"source": "local"}, changes
+    )
+    data: Any = OmegaConf.to_object(found)
+    assert isinstance(data, Data)
+    return data

@@ -173,6 +173,13 @@ def test_a_line_longer_than_can_be_read_is_skipped_whole(
     assert found == [("my.jsonl:1", ""), ("my.jsonl:2", "long_line"), ("my.jsonl:3", ""), ("my.jsonl:4", "long_line")]
 
 
+def test_a_line_of_50_mb_is_skipped_whole(tmp_path: Path) -> None:
+    lines(tmp_path / "my.jsonl", PAIR, b'{"prompt": "' + b"x" * 50_000_000 + b'"}', PAIR)
+    blocks = list(reading.file_blocks(tmp_path / "my.jsonl", "my.jsonl"))
+    assert max(len(pickle.dumps(block)) for block in blocks) < 1000
+    assert [getattr(row, "code", row) for _, row in read(tmp_path / "my.jsonl")] == [PAIR, "long_line", PAIR]
+
+
 def test_an_item_or_a_csv_line_longer_than_can_be_read_is_skipped_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

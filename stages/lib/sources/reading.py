@@ -23,7 +23,8 @@ from stages.lib.sources import hub, json_text, places, python_docs, tables, url
 
 BLOCK_BYTES = 4 << 20
 BLOCK_ROWS = 1024
-HEAD_BYTES = 4096
+HEAD_BYTES = 64 << 10
+MARK = b"\xef\xbb\xbf"  # of byte order, before UTF-8
 
 MAGIC = {
     b"PAR1": "parquet",
@@ -32,7 +33,7 @@ MAGIC = {
     b"FEA1": "feather version 1",
     b"PK\x03\x04": "zip",
     b"\x1f\x8b": "gzip",
-    **{b"BZh%d1AY" % level: "bzip2" for level in range(1, 10)},
+    **{b"BZh%d%b" % (level, block): "bzip2" for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")},
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"%PDF": "pdf",
@@ -98,21 +99,23 @@ def file_blocks(path: Path, name: str, source: str = "", *, key: str = "data.pat
     """
     kind, compression = _checked_kind(path, name, key)
     try:
-        with _opened(path, compression, is_seekable=kind in ("parquet", "arrow")) as stream:
-            if kind == "jsonl":
-                yield from _lines(stream, source, name)
-            elif kind in ("parquet", "arrow"):
-                batches = tables.parquet_batches if kind == "parquet" else tables.arrow_batches
-                first = 1
-                for batch in batches(stream, name, key):
+        if kind in ("parquet", "arrow"):
+            batches = tables.parquet_batches if kind == "parquet" else tables.arrow_batches
+            first = 1
+            with _plain(path, compression) as plain:
+                for batch in batches(plain, name, key):
                     yield Block(source, name, first, batch)
                     first += batch.num_rows
-            else:
-                rows = _text(stream) if kind == "txt" else _items(stream, name)
-                if kind in ("csv", "tsv"):
-                    rows = tables.text_rows(stream, name, "," if kind == "csv" else "\t")
-                for first, part in _parts(rows):
-                    yield Block(source, name, first, [(f"{name}:{number}", row) for number, row in part])
+            return
+        with _unpacked(path, compression) as stream:
+            if kind == "jsonl":
+                yield from _lines(stream, source, name)
+                return
+            rows = _text(stream) if kind == "txt" else _items(stream, name)
+            if kind in ("csv", "tsv"):
+                rows = tables.text_rows(stream, name, "," if kind == "csv" else "\t")
+            for first, part in _parts(rows):
+                yield Block(source, name, first, [(f"{name}:{number}", row) for number, row in part])
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as fault:
         if not compression or (isinstance(fault, OSError) and fault.errno):
             raise
@@ -183,7 +186,7 @@ def _checked_kind(path: Path, name: str, key: str) -> tuple[str, str | None]:
     with path.open("rb") as file:
         held = _held(start := file.read(HEAD_BYTES))
     if compression and held == compression:
-        with _unpacking(path, compression) as stream:
+        with _unpacked(path, compression) as stream:
             try:
                 start = stream.read(HEAD_BYTES)
             except (EOFError, OSError, zlib.error, lzma.LZMAError):
@@ -193,12 +196,14 @@ def _checked_kind(path: Path, name: str, key: str) -> tuple[str, str | None]:
         raise DataError(
             f"{name}: found {held or 'no'} data in it, expected {compression}, as its name says. Change {key}."
         )
-    if len(start) < HEAD_BYTES and not start.removeprefix(b"\xef\xbb\xbf").strip():
+    if len(start) < HEAD_BYTES and not start.removeprefix(MARK).strip():
         raise DataError(f"{name}: is empty, expected rows. Change {key}.")
     if held != (kind if kind in ("parquet", "arrow") else None):
         raise DataError(f"{name}: found {held or 'no'} data in it, expected {kind}, as its name says. Change {key}.")
-    if kind == "json" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+    if kind == "json" and start.removeprefix(MARK).lstrip()[:1] == b"{":
         kind = "jsonl"
+    if kind == "jsonl":
+        _check_lines(start.removeprefix(MARK), name)
     return kind, compression
 
 
@@ -207,43 +212,39 @@ def _held(start: bytes) -> str | None:
 
 
 @contextmanager
-def _opened(path: Path, compression: str | None, *, is_seekable: bool) -> Iterator[BinaryIO]:
-    """The content of a file, unpacked; from a temporary file where one must go back and forth in it."""
+def _plain(path: Path, compression: str | None) -> Iterator[Path]:
+    """The file unpacked, for readers that go back and forth in it."""
     if compression is None:
-        with path.open("rb") as file:
-            yield file
-    elif is_seekable:
-        with tempfile.TemporaryFile() as unpacked:
-            with _unpacking(path, compression) as stream:
-                shutil.copyfileobj(stream, unpacked, 1 << 20)
-            unpacked.seek(0)
-            yield cast(BinaryIO, unpacked)
-    else:
-        with _unpacking(path, compression) as stream:
-            yield stream
+        yield path
+        return
+    with tempfile.NamedTemporaryFile() as plain:
+        with _unpacked(path, compression) as stream:
+            shutil.copyfileobj(stream, plain, 1 << 20)
+        plain.flush()
+        yield Path(plain.name)
 
 
 @contextmanager
-def _unpacking(path: Path, compression: str) -> Iterator[BinaryIO]:
-    """Every reader here raises at a file that is cut short; zstandard's would end quietly, hence Arrow's for zstd."""
+def _unpacked(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+    """The content of a file.
+
+    Every reader here raises at a file that is cut short; zstandard's would end quietly, hence Arrow's for zstd.
+    """
     if compression == "zstd":
         with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
             yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
     else:
-        readers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+        readers: dict[str | None, Any] = {None: open, "gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
         with readers[compression](path, "rb") as stream:
             yield stream
 
 
 def _lines(stream: BinaryIO, source: str, name: str) -> Iterator[Block]:
     """Blocks of whole lines, about BLOCK_BYTES each; a line too long to be held is a block of one rejection."""
-    first, held, is_skipping, is_last = 1, b"", False, False
+    first, held, is_skipping, is_last = 1, stream.read(len(MARK)).removeprefix(MARK), False, False
     while not is_last:
         chunk = stream.read(BLOCK_BYTES)
         is_last = len(chunk) < BLOCK_BYTES
-        if first == 1 and not held:
-            chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            _check_lines(chunk, name)
         if is_skipping:  # to the end of a line that is too long
             _, line_end, chunk = chunk.partition(b"\n")
             if not line_end:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -92,33 +93,35 @@ def _lines(file: io.TextIOWrapper, long_lines: list[int]) -> Iterator[str]:
         yield line
 
 
-def parquet_batches(file: BinaryIO, name: str, key: str) -> Iterator[pa.RecordBatch]:
+def parquet_batches(path: Path, name: str, key: str) -> Iterator[pa.RecordBatch]:
+    """Batches of at most ROWS."""
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(path) as table:
             _check_names(table.schema_arrow, name)
             yield from table.iter_batches(batch_size=ROWS)
     except (pa.ArrowException, OSError, ValueError) as fault:
         raise _unreadable(name, "Parquet", key, fault) from None
 
 
-def arrow_batches(file: BinaryIO, name: str, key: str) -> Iterator[pa.RecordBatch]:
+def arrow_batches(path: Path, name: str, key: str) -> Iterator[pa.RecordBatch]:
     """Batches of an Arrow file or stream, none larger than ROWS, each checked: its bytes are taken as they are."""
     try:
-        if file.read(6) == b"ARROW1":
-            opened = pa.ipc.open_file(pa.PythonFile(file))
-            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-        else:
-            file.seek(-len(END_OF_STREAM), io.SEEK_END)
-            if file.read() != END_OF_STREAM:
-                raise DataError(f"{name}: has no end-of-stream mark: it seems cut short. Write the file again.")
-            file.seek(0)
-            opened = pa.ipc.open_stream(pa.PythonFile(file))
-            batches = iter(opened)
-        _check_names(opened.schema, name)
-        for batch in batches:
-            batch.validate(full=True)
-            for start in range(0, batch.num_rows, ROWS):
-                yield batch if batch.num_rows <= ROWS else _copied(batch.slice(start, ROWS))
+        with pa.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                opened = pa.ipc.open_file(file)
+                batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            else:
+                file.seek(max(file.size() - len(END_OF_STREAM), 0))
+                if file.read() != END_OF_STREAM:
+                    raise DataError(f"{name}: has no end-of-stream mark: it seems cut short. Write the file again.")
+                file.seek(0)
+                opened = pa.ipc.open_stream(file)
+                batches = iter(opened)
+            _check_names(opened.schema, name)
+            for batch in batches:
+                batch.validate(full=True)
+                for start in range(0, batch.num_rows, ROWS):
+                    yield batch if batch.num_rows <= ROWS else _copied(batch.slice(start, ROWS))
     except (pa.ArrowException, OSError, ValueError) as fault:
         raise _unreadable(name, "Arrow", key, fault) from None
 
