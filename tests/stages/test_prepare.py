@@ -94,11 +94,16 @@ def test_a_file_with_nothing_usable_is_an_error_with_the_first_reasons_and_keeps
 
 
 def test_more_rejected_rows_than_allowed_end_the_stage_with_the_counts_and_the_rows_are_kept(in_tmp: Path) -> None:
-    write(*[PAIR] * 7, "{", {"prompt": "?", "completion": ["ann@example.com"]}, {"prompt": "?", "completion": ""})
+    write(
+        *[PAIR] * 7,
+        "{",
+        {"prompt": "?", "completion": [{"text": "ann@example.com"}]},
+        {"prompt": "?", "completion": ""},
+    )
     message = (
-        r"my\.jsonl: 3 of 10 rows cannot be used \(1 bad_json, 1 content_part, 1 empty_answer\), "
-        r"data\.max_rejected_fraction is 0\.2\.\n  my\.jsonl:8: bad_json[\s\S]*raise data\.max_rejected_fraction to 0\.3"
-        r"[\s\S]*runs/rejected\.jsonl"
+        r"my\.jsonl: 3 of 10 rows cannot be used \(1 bad_json, 1 empty_answer, 1 no_turn\), "
+        r"data\.max_rejected_fraction is 0\.2\.\n  my\.jsonl:8: bad_json[\s\S]*"
+        r"raise data\.max_rejected_fraction to 0\.3[\s\S]*runs/rejected\.jsonl"
     )
     with pytest.raises(DataError, match=message) as fault:
         run(max_rejected_fraction=0.2)
@@ -112,10 +117,10 @@ def test_several_sources_are_counted_and_judged_apart_and_records_bear_their_nam
     write(PAIR, {**PAIR, "completion": "four"})
     Path("other.csv").write_text("text,category\nI add,sum\n,\n")
     sources: dict[str, Any] = {
-        "chats": {},
+        "chats": {"path": "my.jsonl"},
         "classes": {"path": "other.csv", "columns": {"label": "category"}, "official": "test"},
     }
-    rows, rejected, metrics = run(sources=sources, max_rejected_fraction=0.5)
+    rows, rejected, metrics = run(path=".", sources=sources, max_rejected_fraction=0.5)
     assert [(row["source"], row["split"], row["task"]) for row in rows] == [
         ("chats", None, "chat"),
         ("chats", None, "chat"),
@@ -124,7 +129,7 @@ def test_several_sources_are_counted_and_judged_apart_and_records_bear_their_nam
     assert [row["where"] for row in rejected] == ["classes/other.csv:3"]
     assert (metrics["source/classes/in"], metrics["source/classes/out"], metrics["source/chats/in"]) == (2, 1, 2)
     with pytest.raises(DataError, match=r"data\.sources\.classes \(other\.csv\): 1 of 2 rows"):
-        run(sources=sources, max_rejected_fraction=0.1)
+        run(path=".", sources=sources, max_rejected_fraction=0.1)
 
 
 def test_generated_rows_keep_their_mark(in_tmp: Path) -> None:
