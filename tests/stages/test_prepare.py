@@ -22,6 +22,12 @@ from tests.unit.test_formats import FORMS
 PAIR = {"prompt": "2+2?", "completion": "4"}
 
 
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting processes takes longer than these rows."""
+    monkeypatch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "info", None))
+
+
 def run(**changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
     prepare.main(prepare.Params(data=settings(**{"path": "my.jsonl", "max_rejected_fraction": 0.99} | changes)))
     rejected = [json.loads(line) for line in Path("data/prepared/rejected.jsonl").read_text().splitlines()]
@@ -70,7 +76,6 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_cut_and_spread(
     before = shards()
     write(*(dict(reversed(row.items())) if isinstance(row, dict) else row for row in rows))
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(engine, "_runtime", None)
     for workers in (1, 2):
         engine.start(Runtime(None, workers, Engine.local, None, "info", None))
         run()

@@ -18,6 +18,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
 CALLING = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+TO_CLASSIFY = {"role": "user", "content": "Name the class of this text.\n\n2+2"}
 TOOL = {"name": "add", "parameters": {"type": "object"}}
 
 CHAT = {"kind": "chat", "messages": [ASKED, GOOD]}
@@ -71,12 +72,12 @@ FORMS: list[tuple[Format, dict[str, Any], dict[str, Any]]] = [
     (Format.preference, {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, PAIR),
     (Format.preference, {"prompt": "2+2?", "chosen": GOOD, "rejected": BAD}, PAIR),
     (Format.preference, {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, PAIR),
-    (Format.preference, {"prompt": "2+2?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]},
-     PAIR),
+    (Format.preference,
+     {"prompt": "2+2?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]}, PAIR),
     (Format.preference, {"chosen": [*HELLO, ASKED, GOOD], "rejected": [*HELLO, ASKED, BAD]},
      {**PAIR, "messages": [*HELLO, ASKED]}),
-    (Format.preference, {"conversations": [said("human", "2+2?")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")},
-     PAIR),
+    (Format.preference,
+     {"conversations": [said("human", "2+2?")], "chosen": said("gpt", "4"), "rejected": said("gpt", "5")}, PAIR),
     (Format.preference, {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5", "system": "Be brief."},
      {**PAIR, "messages": [SYSTEM, ASKED]}),
     (Format.preference, {"question": "2+2?", "chosen": "4", "rejected": "5"}, PAIR),
@@ -86,11 +87,9 @@ FORMS: list[tuple[Format, dict[str, Any], dict[str, Any]]] = [
     (Format.unpaired, {"instruction": "2+2?", "output": "4", "kto_tag": True}, WANTED),
     (Format.unpaired, {"conversations": [said("human", "2+2?"), said("gpt", "4")], "kto_tag": True}, WANTED),
     (Format.classification, {"text": "2+2", "label": "sum"},
-     {"kind": "chat", "label": "sum", "messages": [{"role": "user", "content": "Name the class of this text.\n\n2+2"},
-                                                   {"role": "assistant", "content": "sum"}]}),
+     {"kind": "chat", "label": "sum", "messages": [TO_CLASSIFY, {"role": "assistant", "content": "sum"}]}),
     (Format.classification, {"text": "2+2", "label": 3.0, "system": "Be brief."},
-     {"kind": "chat", "label": "3", "messages": [SYSTEM, {"role": "user", "content": "Name the class of this text.\n\n2+2"},
-                                                 {"role": "assistant", "content": "3"}]}),
+     {"kind": "chat", "label": "3", "messages": [SYSTEM, TO_CLASSIFY, {"role": "assistant", "content": "3"}]}),
 ]
 # fmt: on
 
@@ -130,7 +129,7 @@ def test_a_row_is_recognized_and_read(format: Format, row: dict[str, Any], expec
         ({"prompt": "2+2?", "completion": "4", "group": []}, {}, "bad_group", "group is"),
         ({"prompt": "2+2?", "completion": "4", "group": "\ud800"}, {}, "surrogate", "group"),
         ({"prompt": "2+2?", "completion": "4", "task": {}}, {}, "bad_task", "task is"),
-        ({"prompt": "2+2?", "completion": "4", "fold": "b"}, {"split_column": "fold"}, "bad_split", "fold is .b., expected train"),
+        ({"prompt": "2+2?", "completion": "4", "fold": "b"}, {"split_column": "fold"}, "bad_split", "fold is .b.,"),
         ({"prompt": "2+2?", "completion": "4"}, {"split_column": "fold"}, "bad_split", "fold is null"),
     ],
 )  # fmt: skip
@@ -209,7 +208,9 @@ def test_a_template_that_fails_over_a_row_rejects_the_row(template: Path, text: 
     assert unfit.value.code == "template"
 
 
-@pytest.mark.parametrize("row", [{"messages": [ASKED, GOOD]}, {"text": "Once."}, {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "row", [{"messages": [ASKED, GOOD]}, {"text": "Once."}, {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}]
+)
 def test_a_template_is_not_silently_left_out(template: Path, row: dict[str, Any]) -> None:
     template.write_text("{{ prompt }}")
     with pytest.raises(Unfit, match=r"has nothing that conf/prompt/mine\.jinja could word"):

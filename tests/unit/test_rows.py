@@ -175,7 +175,7 @@ def test_a_broken_rule_is_named(messages: object, code: str, reason: str) -> Non
         ({"kind": "preference", "messages": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "same_answers", "same"),
         ({"kind": "preference", "messages": [], "chosen": [ANSWER], "rejected": [ANSWER]}, "no_messages", "messages"),
         ({"kind": "preference", "messages": [USER], "chosen": None, "rejected": [ANSWER]}, "no_messages", "chosen"),
-        ({"kind": "preference", "messages": [USER], "chosen": [ANSWER], "rejected": [USER]}, "no_assistant", "rejected"),
+        ({"kind": "preference", "messages": [USER], "chosen": [ANSWER], "rejected": [USER]}, "no_assistant", "reject"),
         ({"kind": "preference", "messages": [SYSTEM], "chosen": [USER, ANSWER], "rejected": [USER, CALLING]},
          "no_question", "ends with a turn of system"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "tools", "tools: no JSON"),
