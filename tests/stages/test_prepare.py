@@ -1,5 +1,7 @@
 """Prepare: every row in is a record out or a rejection with its reason; the counts add up."""
 
+import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -9,12 +11,13 @@ from typing import Any
 import pytest
 
 from stages import prepare
-from stages.lib import engine, files, records
+from stages.lib import engine, files, formats, preparing, records
 from stages.lib.errors import ConfigError, DataError
 from stages.lib.schema.data import Source
 from stages.lib.schema.runtime import Engine, Runtime
 from stages.lib.sources import reading
 from tests.conftest import ROOT
+from tests.corpus import make
 from tests.data_settings import settings
 from tests.hub_stub import COMMIT, serving
 from tests.unit.test_formats import FORMS
@@ -171,6 +174,17 @@ def test_rows_in_are_rows_out_and_rejected_by_reason_whatever_a_field_holds(in_t
     assert metrics["rows/out"] == sum(n for key, n in metrics.items() if key.startswith("rows/out/"))
     assert metrics["rows/out"] == sum(n for key, n in metrics.items() if key.startswith("format/"))
     assert {f"my.jsonl:{number}" for number in range(1, len(good) + 1)}.isdisjoint(row["where"] for row in rejected)
+
+
+def test_no_hostile_file_ends_in_anything_but_records_rejections_and_one_message() -> None:
+    data = settings()
+    work = functools.partial(preparing.prepared, data={"": data}, templates=formats.templates(data))
+    for path in sorted(make.FOLDER.iterdir()):
+        with contextlib.suppress(DataError):  # what is refused, and how, is told by the tests of reading
+            for block in reading.file_blocks(path, path.name):
+                outcome = work(block)
+                total = outcome.table.num_rows + len(outcome.rejected)
+                assert total == outcome.counts["rows/in"] == len(list(reading.parsed(block))), path.name
 
 
 LLAMAFACTORY = ROOT.parent / "shared/data/llamafactory_demo"
