@@ -91,7 +91,7 @@ def detected(row: Row) -> Format:
     raise Unfit(
         "unknown_format",
         f"its keys are {_keys(row)}, expected those of a known format ({forms}). "
-        "Name your columns: data.columns={prompt: <column>, completion: <column>}",
+        "Name your columns: -S '+data.columns={prompt: <column>, completion: <column>}'",
     )
 
 

@@ -234,6 +234,12 @@ def test_a_data_set_of_the_hub_is_read_by_commit(in_tmp: Path, monkeypatch: pyte
         ({"columns": {"promt": "a"}}, r"data\.columns: found \['promt'\]"),
         ({"source": Source.python_docs}, r"data\.packages"),
         ({"max_chars": 0}, r"data\.max_chars"),
+        ({"sources": {"a/b": {}}}, r"data\.sources: found \['a/b'\]"),
+        ({"sources": {"a": "b.jsonl"}}, r"data\.sources: found \['a'\]"),
+        ({"sources": {"a": {"clean": {}}}}, r"data\.sources: found \['clean'\]"),
+        ({"sources": {"a": {"format": "chatty"}}}, r"data\.sources\.a: .*chatty"),
+        ({"sources": {"a": {"max_chars": "many"}}}, r"data\.sources\.a: .*many"),
+        ({"sources": {"a": {"official": "training"}}}, r"data\.official: found 'training'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_reading(changes: dict[str, Any], message: str) -> None:
