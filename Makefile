@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -54,6 +54,11 @@ export: env  ## merge and export the chosen experiment: make export EXP=<name>
 	@test -n "$(EXP)" || { echo "export: found no EXP, expected a name that \`dvc exp list\` shows: make export EXP=<name>" >&2; exit 2; }
 	dvc exp apply $(EXP)
 	DVC_EXP_NAME=$(EXP) dvc repro
+
+synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... MODEL=... N=... URL=...
+	python -m commands.synthesize $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(OUT),--out "$(OUT)") \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(N),--rows "$(N)") $(if $(URL),--url "$(URL)") \
+		$(if $(GGUF),--gguf "$(GGUF)") $(ARGS)
 
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean

@@ -29,8 +29,9 @@ def unpinned(conf: Path, names: list[str]) -> list[tuple[Path, str, str | None]]
     found = []
     for file in files:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        is_pinned = re.fullmatch(r"[0-9a-f]{40}", str(values["revision"]))
-        if values["source"] == "hub" and values["id"] and not is_pinned and (not names or file.stem in names):
+        if values["source"] != "hub" or not values["id"] or (names and file.stem not in names):
+            continue
+        if not re.fullmatch(r"[0-9a-f]{40}", str(values["revision"])):
             found.append((file, values["id"], values["revision"]))
     return found
 

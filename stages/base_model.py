@@ -25,7 +25,7 @@ def main(p: Params) -> None:
 
     with files.replacing(Path("models/base")) as folder:
         origin = fetch(p.base_model, folder)
-        origin["chat_template"] = model_folder.settle_chat_template(folder, p.prompt.template)
+        origin["chat_template"] = model_folder.settle_chat_template(folder, p.prompt.template, p.prompt.use)
         facts = model_folder.check(folder)
         if origin["chat_template"] != "model":
             check_template(folder, p.prompt.template)

@@ -1,89 +1,131 @@
 """Stage dedup_split: drop duplicates and near-duplicates, then split so that what hangs together stays together.
 
-Reads data/prepared; writes data/splits (one Parquet file a split, dropped.parquet, linked.parquet) and
-metrics/dedup_split.json.
+Reads data/prepared and the benchmarks that dedup.contamination names; writes data/splits (one Parquet file a split,
+dropped.parquet, linked.parquet, duplicates.jsonl) and metrics/dedup_split.json.
 """
 
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from stages.lib import dedup, engine, files, records, splits, stage, tracking
-from stages.lib.dedup import Deduplicated, Dropped
-from stages.lib.schema.dedup import Dedup
-from stages.lib.schema.split import Split
-from stages.lib.splits import Placed
-
-DROPPED = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kept_id", pa.string()),
-        ("score", pa.float64()),
-        ("cluster", pa.string()),
-        ("reason", pa.string()),
-        ("task", pa.string()),
-        ("source", pa.string()),
-    ]
+from stages.lib import (
+    contamination,
+    dedup,
+    dropped,
+    engine,
+    files,
+    progress,
+    records,
+    semantic,
+    splits,
+    stage,
+    tracking,
+    twins,
 )
-LINKED = pa.schema([(name, pa.string()) for name in ("id", "group", "split", "alone", "with_group")])
+from stages.lib.dedup import Compared
+from stages.lib.join import Pairs
+from stages.lib.parts import NOISY, Parts
+from stages.lib.schema.data import Data
+from stages.lib.schema.dedup import Dedup
+from stages.lib.schema.split import SPLITS, Split
+
+HELD_OUT = ("validation", "test")
+OTHER_REASONS = ("contaminated", "official", "weight", "fraction", "limit")
 
 
 @dataclass
 class Params:
     dedup: Dedup
     split: Split
+    data: Data
 
 
 def main(p: Params) -> None:
-    rows = files.read_rows(Path("data/prepared"))
-    distinct = dedup.near_duplicates(rows, p.dedup)
-    placed = splits.by_component(distinct.kept, distinct.clusters, p.split, p.split.seed)
-    parts, leaks = splits.without_leaks(placed.parts, distinct.shingles, p.dedup.threshold)
-    parts, beyond = splits.limit(parts, p.split.max_rows, p.split.seed)
-    dropped = [
-        *distinct.dropped,
-        *(Dropped.of(leak.row, distinct.clusters, "joined", leak.kept_id, leak.score) for leak in leaks),
-        *(Dropped.of(row, distinct.clusters, "limit") for row in beyond),
-    ]
+    compared = partial(dedup.compared, length=p.dedup.shingle_words)
+    found = Compared.joined(engine.ordered_map(compared, batches("rows compared")))
+    facts = found.facts
+    distinct = dedup.near_duplicates(found, p.dedup)
+    removed = dedup.removed_fractions(facts, distinct.dropped, p.dedup.max_removed_fraction)
+    if p.dedup.semantic.model:
+        texts = dedup.texts_of(batches("texts embedded"), distinct.kept)
+        earlier, later, score = semantic.pairs(texts.to_pylist(), p.dedup.semantic)
+        distinct = dedup.without_semantic(facts, distinct, Pairs(later, earlier, score))
+
+    kept = distinct.kept[pc.sort_indices(facts.id.take(pa.array(distinct.kept))).to_numpy()]
+    rows = facts.take(kept)
+    placed = splits.place(rows, distinct.cluster[kept], p.split)
+    left_out = splits.reduced(rows, placed.split, p.split, weights(p.data), p.data.fraction)
+    left_out = np.where(placed.split == splits.OUT, "official", left_out)
+    split = np.full(len(facts), splits.OUT)
+    split[kept] = np.where(left_out == "", placed.split, splits.OUT)
+
     with files.replacing(Path("data/splits")) as folder:
-        for split, part in parts.items():
-            files.write_rows(folder / f"{split}.parquet", part, records.RECORD)
-        ordered = sorted(dropped, key=lambda row: (row.id, row.reason))
-        files.write_rows(folder / "dropped.parquet", [asdict(row) for row in ordered], DROPPED)
-        files.write_rows(folder / "linked.parquet", [asdict(row) for row in placed.linked], LINKED)
-    tracking.report("dedup_split", metrics(rows, parts, dropped, distinct, placed))
+        folder.mkdir()
+        shown = dropped.examples(facts, distinct)
+        parts = Parts(folder / "buckets", facts, split, np.append(distinct.dropped[shown], distinct.repeats[shown]))
+        noisy = twins.made(parts.send(batches("rows divided")), parts.add, p.data.noise, p.dedup.shingle_words)
+        held_out = ((name, batch) for name in HELD_OUT for batch in parts.batches(name))
+        hits = contamination.hits(
+            parts.batches("train", NOISY), held_out, p.dedup.contamination, p.dedup.shared_fraction
+        )
+        gone = dropped.by_id(
+            [
+                dropped.duplicates(facts, distinct),
+                dropped.table(facts, kept[left_out != ""], distinct.cluster, left_out[left_out != ""]),
+                dropped.contaminated(facts, kept, distinct.cluster, hits),
+            ]
+        )
+        compared_with = distinct.shingles_of(kept[np.isin(split[kept], [SPLITS.index(name) for name in HELD_OUT])])
+        hit = pa.array([hit.id for hit in hits], pa.string())
+        unwanted = noisy.unwanted(rows.id, hit, compared_with, distinct.wording, p.dedup.threshold)
+        parts.write(folder, hit, noisy.id.filter(unwanted))
+        shutil.rmtree(folder / "buckets")
+        pq.write_table(gone, folder / "dropped.parquet", compression="zstd")
+        pq.write_table(placed.linked, folder / "linked.parquet", compression="zstd")
+        dropped.write_examples(folder / "duplicates.jsonl", facts, distinct, shown, parts.texts)
 
-
-def metrics(
-    rows: Sequence[Mapping[str, Any]],
-    parts: Mapping[str, Sequence[Mapping[str, Any]]],
-    dropped: Sequence[Dropped],
-    distinct: Deduplicated,
-    placed: Placed,
-) -> dict[str, float]:
-    """rows/in = rows/train + rows/validation + rows/test + rows/dropped, and rows/dropped = the four reasons."""
-    reasons = Counter(row.reason for row in dropped)
-    tasks = {split: Counter(row["task"] for row in part) for split, part in parts.items()}
-    repeated = Counter(row.source for row in dropped if row.reason in ("exact", "near"))
-    return {
-        "rows/in": len(rows),
-        "rows/dropped": len(dropped),
-        **{f"rows/{split}": len(part) for split, part in parts.items()},
-        **{f"rows/{split}/{task}": n for split, counted in tasks.items() for task, n in sorted(counted.items())},
-        "duplicates/exact": reasons["exact"],
-        "duplicates/near": reasons["near"],
-        "duplicates/joined": reasons["joined"],
-        **{f"duplicates/{source}": n for source, n in sorted(repeated.items())},
-        "duplicates/candidate_pairs": distinct.candidates,
-        "dropped/limit": reasons["limit"],
-        "split/components": placed.components,
-        "split/largest_component": placed.largest_component,
-        "split/linked_rows": len(placed.linked),
+    is_hit = pc.is_in(facts.id, value_set=hit).to_numpy(zero_copy_only=False)
+    split[is_hit] = splits.OUT
+    tasks = {
+        name: Counter(facts.task.filter(pa.array(split == number)).to_pylist()) for number, name in enumerate(SPLITS)
     }
+    added = Counter(noisy.task.filter(pc.invert(unwanted)).to_pylist())
+    tasks["train"] += added
+    reasons = Counter(gone["reason"].to_pylist())
+    tracking.report(
+        "dedup_split",
+        {
+            "rows/in": len(facts),
+            "rows/dropped": len(gone),
+            "rows/noisy": added.total(),
+            **{f"rows/{name}": counted.total() for name, counted in tasks.items()},
+            **{f"rows/{name}/{task}": n for name, counted in tasks.items() for task, n in sorted(counted.items())},
+            **{f"duplicates/{reason}": reasons[reason] for reason in ("exact", "near", "semantic")},
+            **{f"dropped/{reason}": reasons[reason] for reason in OTHER_REASONS},
+            **{f"removed_fraction/{source}": share for source, share in removed.items()},
+            "contamination/hits": reasons["contaminated"],
+            "contamination/benchmark_hits": sum(hit.where not in SPLITS for hit in hits),
+            **placed.metrics(),
+        },
+    )
+
+
+def batches(what: str) -> Iterator[pa.RecordBatch]:
+    """All rows of data/prepared, in the order of its shards."""
+    return progress.rows(records.batches(Path("data/prepared")), what=what, size=len)
+
+
+def weights(data: Data) -> dict[str, float]:
+    """The weight of each source that is given one."""
+    return {name: data.each()[name].weight for name, entry in data.sources.items() if "weight" in entry}
 
 
 if __name__ == "__main__":

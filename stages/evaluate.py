@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, stage, tracking
+from stages.lib import files, records, stage, tracking
 from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.numerics import Numerics
@@ -24,24 +24,28 @@ class Params:
 
 
 def main(p: Params) -> None:
-    from stages.lib import arms, chat, comparison, evaluation_page, models, numerics  # torch, once numerics are settled
+    # torch is imported once numerics are settled
+    from stages.lib import arms, chat, comparison, evaluation_page, fewshot, held_out, models, numerics
 
-    base, adapter = Path("models/base"), Path("models/adapter")
-    test, train = (files.read_rows(Path(f"data/splits/{split}.parquet")) for split in ("test", "train"))
+    base, adapter, splits = Path("models/base"), Path("models/adapter"), Path("data/splits")
+    tokenizer = chat.load_tokenizer(base)
+    test, unusable = held_out.usable(tokenizer, records.read(splits / "test.parquet"))
     if not test:
         raise DataError(
-            "data/splits/test.parquet: holds no rows, expected at least one to evaluate on. "
+            f"{splits}/test.parquet: holds no row to evaluate on (unusable: {dict(unusable)}), expected at least one. "
             "Raise split.test_fraction or split.max_rows.test, or give more data."
         )
+    tasks = {row["task"] for row in test}
+    examples = fewshot.choose(splits / "train.parquet", tasks, n=p.evaluate.fewshot, seed=p.evaluate.seed)
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
     numerics.seed_everything(p.evaluate.seed, p.numerics)
-    tokenizer = chat.load_tokenizer(base)
     # A CPU unpacks 4-bit weights anew at every token; unpacked once they cost memory and save most of the time.
     model = models.load_tuned(base, adapter, p.numerics, dense=resolved.device == "cpu")
-    found = arms.predict(model, tokenizer, test, train, p.evaluate, stop_ids=chat.stop_ids(tokenizer, base))
+    found = arms.predict(model, tokenizer, test, examples, p.evaluate, stop_ids=chat.stop_ids(tokenizer, base))
     lines = comparison.compare(found.predictions, p.evaluate)
     metrics = comparison.metrics(lines) | {"rows/test": len(test)}
+    metrics |= {f"rows/unusable/{reason}": count for reason, count in unusable.items()}
     if p.evaluate.base_16bit:
         del model
         original = models.load_dense(base, p.numerics)
@@ -51,7 +55,7 @@ def main(p: Params) -> None:
         lines,
         found.predictions,
         metrics,
-        questions={row["id"]: row["messages"][:-1] for row in test},
+        questions={row["id"]: (records.conversation(row) or [])[:-1] for row in test},
         limits=found.limits,
         curve=files.read_csv(Path("plots/train.csv")),
         counts=files.read_json(Path("metrics/dedup_split.json")),

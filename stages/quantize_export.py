@@ -7,7 +7,7 @@ models/export, plots/formats.csv and metrics/quantize_export.json.
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, stage, tracking
+from stages.lib import files, records, stage, tracking
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Data
 from stages.lib.schema.evaluate import Evaluate
@@ -34,9 +34,9 @@ def main(p: Params) -> None:
     source = files.read_json(Path("models/base/source.json"))
     name = f"{p.base_model.id.split('/')[-1]}-tuned"
     rows = held_out.conversations(SPLITS, tokenizer, p.export.rows)
-    test = files.read_rows(SPLITS / "test.parquet")
     predictions = files.read_rows(Path("reports/evaluation/predictions.parquet"))
     predicted = {row["id"]: row for row in predictions if row["arm"] == "tuned"}
+    test = [row for row in records.read(SPLITS / "test.parquet") if row["id"] in predicted]
 
     with files.replacing(Path("models/export")) as folder:
         written = writing.write_formats(MERGED, folder, name, p.export, p.numerics)

@@ -1,16 +1,23 @@
-"""Stage tokenize_pack: render conversations with the chat template, label the answers, pack whole conversations.
+"""Stage tokenize_pack: render rows with the chat template, label what is learned, pack; report on the data.
 
-Reads data/splits/{train,validation}.parquet and the tokenizer of models/base; writes data/packed, plots/lengths.csv and
-metrics/tokenize_pack.json.
+Reads data/splits and the tokenizer of models/base, and for the report what prepare and dedup_split say about the rows;
+writes data/packed, reports/data, plots/lengths.csv, plots/labels.csv and metrics/tokenize_pack.json.
 """
 
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stages.lib import chat, engine, files, packing, stage, tracking
+import pyarrow.parquet as pq
+
+from stages.lib import chat, data_page, engine, files, packing, progress, records, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
+BASE = Path("models/base")
+ROWS = 4_000  # encoded at once
 
 
 @dataclass
@@ -19,20 +26,56 @@ class Params:
 
 
 def main(p: Params) -> None:
-    tokenizer = chat.load_tokenizer(Path("models/base"))
     metrics: dict[str, float] = {}
-    lengths: dict[str, list[int]] = {}
+    lengths = {}
     with files.replacing(Path("data/packed")) as folder:
         for split in SPLITS:
-            rows = files.read_rows(Path(f"data/splits/{split}.parquet"))
-            sorted_out = packing.encode_rows(tokenizer, rows, p.pack, split=split)
-            packs = packing.pack(sorted_out.kept, max_tokens=p.pack.max_tokens)
-            files.write_rows(folder / split / "packs.parquet", [asdict(pack) for pack in packs], packing.PACK)
-            files.write_jsonl(folder / split / "dropped.jsonl", sorted_out.dropped)
-            metrics |= packing.account(sorted_out, packs, max_tokens=p.pack.max_tokens, split=split)
-            lengths[split] = sorted_out.lengths
-    files.write_csv(Path("plots/lengths.csv"), packing.length_histogram(lengths, max_tokens=p.pack.max_tokens))
+            (folder / split).mkdir(parents=True)
+            with packing.collected(encoded(split, p.pack), folder / split) as found:
+                packing.check(found, p.pack, where=f"data/splits/{split}.parquet")
+                packs = packing.packs(found.tokens, max_tokens=p.pack.max_tokens)
+                n_packs = packing.write(folder / split / "packs.parquet", packs)
+                for name, rows in (("dropped", found.dropped), ("cut", found.cut)):
+                    files.write_jsonl(folder / split / f"{name}.jsonl", sorted(rows, key=lambda row: row["id"]))
+                metrics |= packing.account(found, n_packs, max_tokens=p.pack.max_tokens, split=split)
+                lengths[split] = found.lengths
+    histogram = packing.length_histogram(lengths, max_tokens=p.pack.max_tokens)
+    labels = packing.labels_by_role(metrics)
+    files.write_csv(Path("plots/lengths.csv"), histogram)
+    files.write_csv(Path("plots/labels.csv"), labels)
+    with files.replacing(Path("reports/data")) as folder:
+        folder.mkdir()
+        (folder / "index.html").write_text(page(p.pack, metrics, histogram, labels), encoding="utf-8")
     tracking.report("tokenize_pack", metrics)
+
+
+def encoded(split: str, p: Pack) -> Iterator[packing.Batch]:
+    """The split's rows, encoded some at a time, in their order."""
+    path = Path(f"data/splits/{split}.parquet")
+    work = functools.partial(packing.encoded, folder=BASE, p=p, where=str(path))
+    rows = pq.read_metadata(path).num_rows
+    batches = engine.ordered_map(work, records.batches(path, ROWS))
+    yield from progress.rows(batches, rows, what=f"{split} tokenized", size=lambda batch: batch.counts["rows/in"])
+
+
+def page(p: Pack, metrics: dict[str, float], histogram: list[dict[str, int]], labels: list[dict[str, Any]]) -> str:
+    """The report, from what this stage and those before it found."""
+    train = Path("data/splits/train.parquet")
+    sample = data_page.sample(train)
+    shown = packing.encoded(sample.slice(0, data_page.ROWS), folder=BASE, p=p, where=str(train))
+    return data_page.render(
+        files.read_json(Path("metrics/prepare.json")),
+        files.read_json(Path("metrics/dedup_split.json")),
+        metrics,
+        rejected=data_page.examples(Path("data/prepared/rejected.jsonl"), "code"),
+        duplicates=data_page.examples(Path("data/splits/duplicates.jsonl")),
+        contamination=data_page.examples(Path("data/splits/contamination.jsonl")),
+        lengths=histogram,
+        labels=labels,
+        spoken=data_page.languages_of(sample),
+        rows=data_page.rendered(sample, shown.tokens, chat.load_tokenizer(BASE)),
+        max_tokens=p.max_tokens,
+    )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def make_inputs(base: Path) -> None:
         for i in range(6)
         for task, answer in (("parameters", json.dumps({"fox": f"dog {i}"})), ("summary", f"a lazy dog {i}"))
     ]
-    files.write_rows(Path("data/splits/test.parquet"), rows, records.RECORD)
-    files.write_rows(Path("data/splits/validation.parquet"), rows[:2], records.RECORD)
+    records.write(Path("data/splits/test.parquet"), rows)
+    records.write(Path("data/splits/validation.parquet"), rows[:2])
     predictions = [
         {
             "arm": "tuned",

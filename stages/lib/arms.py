@@ -12,9 +12,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import chat, fewshot, generation, reading, scoring
+from stages.lib import chat, fewshot, generation, reading, records, scoring
 from stages.lib.measures import SCORES, applicable, library
 from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.pack import Labels
 
 Row = Mapping[str, Any]
 ARMS = ("base", "fewshot", "tuned")
@@ -62,21 +63,17 @@ def predict(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     test: Sequence[Row],
-    train: Sequence[Row],
+    examples: Mapping[str, Sequence[Row]],
     p: Evaluate,
     *,
     stop_ids: Collection[int],
 ) -> Predicted:
-    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, rows of train.
-
-    Raises: DataError, when train has too few rows of a task to show as examples.
-    """
+    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, rows of train by task."""
     found = Predicted()
     for task, rows in by_task(test).items():
-        examples = fewshot.choose(train, task, n=p.fewshot, seed=p.seed)
         for arm in ARMS:
             started = time.monotonic()
-            asked = questions(tokenizer, rows, examples if arm == "fewshot" else ())
+            asked = questions(tokenizer, rows, examples[task] if arm == "fewshot" else ())
             found.limits[task] = answer_limit(asked, margin=p.answer_margin, max_new_tokens=p.max_new_tokens)
             with weights_of(model, arm):
                 answered = answer(
@@ -142,17 +139,27 @@ def _scored(arm: str, asked: Sequence[Question], answered: Sequence[Answered]) -
 def questions(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], examples: Sequence[Row] = ()) -> list[Question]:
     """The last answer of each row is asked for; what stands before it, behind the examples, is the prompt.
 
+    Of a plain text, which answers nothing, the first token is the prompt and the rest the answer.
+
     Raises: chat.UnusableConversation, when the template does not let prompt and answer be told apart.
     """
-    found = []
-    for row in rows:
-        *asked, expected = row["messages"]
-        conversation = fewshot.conversation(examples, asked)
-        prompt = chat.prompt_ids(tokenizer, conversation)
-        labels = chat.encode(tokenizer, [*conversation, expected]).labels[len(prompt) :]
-        answer = [label for label in labels if label != chat.IGNORED]
-        found.append(Question(row, expected["content"], prompt, answer))
-    return found
+    return [_question(tokenizer, row, examples) for row in rows]
+
+
+def _question(tokenizer: PreTrainedTokenizerFast, row: Row, examples: Sequence[Row]) -> Question:
+    turns = records.conversation(row)
+    if turns is None:
+        shown = [token for example in examples for token in chat.encode_text(tokenizer, example["text"]).input_ids]
+        first, *rest = (int(token) for token in chat.encode_text(tokenizer, row["text"]).input_ids)
+        return Question(row, row["text"], [*map(int, shown), first], rest)
+    *asked, expected = turns
+    conversation = fewshot.conversation(examples, asked)
+    prompt = chat.prompt_ids(tokenizer, conversation, row["tools"])
+    labels = chat.encode(tokenizer, [*conversation, expected], row["tools"], labels=Labels.last_turn).labels
+    answer = [int(label) for label in labels if label != chat.IGNORED]
+    calls = "tool_calls" in expected
+    reference = tokenizer.decode(answer, skip_special_tokens=True) if calls else expected["content"]
+    return Question(row, reference, prompt, answer)
 
 
 def answer_limit(asked: Sequence[Question], *, margin: int, max_new_tokens: int) -> int:

@@ -4,7 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from stages.lib import languages, pii, rows
@@ -24,9 +24,9 @@ _SERVING = (
     r"(?:help|assist|provide|fulfill?|comply|answer|generate|create|write|complete|engage|discuss|support|do that|"
     r"process|access|browse|offer|produce|give|respond|continue|participate|share|perform)"
 )
-_SORRY = r"(?:(?:i'm|i am|we're) (?:very |so |really )?sorry\b.{0,40}?|(?:i|my) apolog\w+\b.{0,40}?|sorry\b,?)"
-_REFUSAL = re.compile(
-    rf"(?:{_SORRY}|unfortunately,?|but,?|and,?|\s)*"
+_SORRY = r"(?:(?:(?:i'm|i am|we're) )?(?:very |so |really )?sorry\b|(?:i|my) apolog\w+\b|unfortunately\b)"
+_REFUSAL = re.compile(  # one open stretch at most of each kind: more of them could be divided in too many ways
+    rf"(?:(?:but|and) )?(?:{_SORRY}[^.!?]{{0,60}}?\b)?"
     r"(?:(?:as|i'm|i am|i'm just|i am just) an? (?:ai|(?:large )?language model)\b[^.!?]{0,80}?"
     rf"\b(?:i (?:do not|don't|am not|have no|lack)\b|{_UNABLE}).*|{_UNABLE}(?: \w+ly)? {_SERVING}\b.*)",
     re.DOTALL,
@@ -92,7 +92,7 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item)
-    elif isinstance(value, Sequence):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _leaves(item)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -125,7 +125,7 @@ def _inside(value: Any, change: Callable[[str], str]) -> Any:
         return _inside_text(value, change)
     if isinstance(value, Mapping):
         return {key: _inside(item, change) for key, item in value.items()}
-    if isinstance(value, Sequence):
+    if isinstance(value, (list, tuple)):
         return [_inside(item, change) for item in value]
     if isinstance(value, int) and not isinstance(value, bool):
         return value if (new := change(str(value))) == str(value) else new
@@ -138,10 +138,10 @@ def _inside_text(text: str, change: Callable[[str], str]) -> str:
         return change(text)
     try:
         value = json.loads(text)
-    except ValueError:
+        new = _inside(value, change)
+        return text if new == value else json.dumps(new, ensure_ascii=False)
+    except (ValueError, RecursionError):
         return change(text)
-    new = _inside(value, change)
-    return text if new == value else json.dumps(new, ensure_ascii=False)
 
 
 # --- changes
@@ -173,14 +173,26 @@ def _without_pii(draft: dict[str, Any], policies: Mapping[str, Policy], counts: 
     if refused := [kind for kind, policy in wanted.items() if policy is Policy.reject]:
         shown = ", ".join(f"{kind} ({found[kind]})" for kind in refused)
         raise rows.Unfit("pii", f"holds {shown}, which data.clean.pii rejects")
-    redacted = {kind for kind, policy in wanted.items() if policy is Policy.redact}
-    if not redacted:
-        return draft
+    if redacted := {kind for kind, policy in wanted.items() if policy is Policy.redact}:
+        return _rewritten(draft, lambda text: _redacted(text, redacted))
+    return draft
 
-    def without(text: str) -> str:
-        return pii.redacted(text, [one for one in pii.found(text) if one.kind in redacted])
 
-    return _rewritten(draft, without)
+def masked(row: Any, policies: Mapping[str, Policy]) -> Any:
+    """A rejected row, or the reason, as it may be kept: without what the policies redact or reject.
+
+    Args: row: any value of JSON; what is not one of JSON's stays. policies: data.clean.pii.
+    """
+    if not (kinds := {kind for kind, policy in policies.items() if policy in (Policy.redact, Policy.reject)}):
+        return row
+    try:
+        return _inside(row, lambda text: _redacted(text, kinds))
+    except RecursionError:
+        return "<nested too deeply to be looked through>"
+
+
+def _redacted(text: str, kinds: Collection[str]) -> str:
+    return pii.redacted(text, [one for one in pii.found(text) if one.kind in kinds])
 
 
 # --- judgements

@@ -7,16 +7,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from stages.lib import page
 from stages.lib.comparison import Line, Prediction, main_measure
 from stages.lib.measures import SCORES
 from stages.lib.schema.evaluate import Evaluate
 
-TEMPLATE = Path(__file__).with_name("evaluation_page.html.jinja")
 SHOWN = 4  # rows of each task shown side by side
 WORST = 6  # worst tuned answers shown
 NAMES = {
@@ -70,11 +67,12 @@ def render(
         model: name of the base model.
     """
     cards = side_by_side(predictions)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.globals |= {"differences": differences, "figure": figure, "signed": signed, "strip": interval_strip}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return page.fill(
+        "evaluation_page.html.jinja",
+        differences=differences,
+        figure=figure,
+        signed=signed,
+        strip=interval_strip,
         model=model,
         verdict=verdict(lines),
         tasks=[

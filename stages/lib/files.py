@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -58,8 +59,50 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows as one Parquet file, in the order given; the bytes depend on rows and schema alone."""
+    write_table(path, pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as one Parquet file."""
     with replacing(path) as new:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), new, compression="zstd")
+        pq.write_table(table, new, compression="zstd")
+
+
+class Buckets:
+    """Rows on their way into one file sorted by id, when more come than fit in memory.
+
+        ids 0...  ->  bucket 0      each takes the rows of one range of ids, in any order, and is sorted by itself
+        ids 4...  ->  bucket 1      when it is read: what is written follows from the rows alone
+
+    Rows need a column `id` of hex digits, equally spread as a hash's are.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, count: int) -> None:
+        """Args: folder: an absent one, for the buckets alone. count: of buckets; it must follow from the rows alone."""
+        self._paths = [folder / f"{number:05d}.arrow" for number in range(count)]
+        self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+        self._schema = schema
+        folder.mkdir()
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        count = len(self._paths)
+        numbers = np.array([int(id[:8], 16) * count >> 32 for id in rows["id"].to_pylist()], np.int64)
+        for number in np.unique(numbers).tolist():
+            if number not in self._writers:
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                self._writers[number] = pa.ipc.new_stream(self._paths[number], self._schema, options=options)
+            self._writers[number].write(rows.filter(pa.array(numbers == number)))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def table(self, number: int) -> pa.Table:
+        """The rows of one bucket, by id. Nothing can be added to it any more."""
+        if number not in self._writers:
+            return self._schema.empty_table()
+        self._writers[number].close()
+        with pa.ipc.open_stream(self._paths[number]) as stream:
+            return stream.read_all().combine_chunks().sort_by("id")
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """A plain Hugging Face model folder: safetensors, tokenizer, chat template, and where all of it came from."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from jinja2 import TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from stages.lib import files, gguf_weights
 from stages.lib.errors import ConfigError, ModelError
+from stages.lib.schema.prompt import Use
 
 # The file's `tokenizer.ggml.pre` names how text is cut before BPE. transformers cuts every one like GPT-2; for `smollm`
 # that glues a blank to the first digit of "  12", which neither the original tokenizer nor llama.cpp does.
@@ -92,31 +94,54 @@ def _drop_keys(file: Path, *keys: str) -> None:
     files.write_json(file, {key: value for key, value in files.read_json(file).items() if key not in keys})
 
 
-def settle_chat_template(folder: Path, template: str) -> str:
-    """Give a folder without chat template the configured one; leave its own alone.
+def settle_chat_template(folder: Path, template: str, use: Use = Use.missing) -> str:
+    """Give a folder the configured chat template: one without its own, or any when prompt.use is `always`.
+
+    Where the tokenizer sets a BOS before a text and the template writes none, it is written first: the rows are
+    tokenized without the tokenizer's own special tokens.
 
     Args: template: path of a Jinja file, from prompt.template.
     Returns: where the template came from, for source.json: "model" or the path.
-    Raises: ConfigError, when the folder has none and prompt.template is no file, or no template.
+    Raises: ConfigError, when the configured one is needed and prompt.template is no file, or no template.
     """
     config = files.read_json(folder / "tokenizer_config.json")
-    if "chat_template" in config or any((folder / f"chat_template.{kind}").exists() for kind in ("jinja", "json")):
+    own = [folder / f"chat_template.{kind}" for kind in ("jinja", "json")]
+    if use is Use.missing and ("chat_template" in config or any(file.exists() for file in own)):
         return "model"
     path = Path(template)
     if not path.is_file():
+        why = (
+            "prompt.use is `always`"
+            if use is Use.always
+            else "The base model has no chat template of its own (no chat_template.jinja, nor in tokenizer_config.json)"
+        )
         raise ConfigError(
-            f"prompt.template: found {template!r}, which is no file. The base model has no chat template of its own "
-            "(no chat_template.jinja, none in tokenizer_config.json), expected the path of a Jinja file to use instead."
+            f"prompt.template: found {template!r}, which is no file. {why}, expected the path of a Jinja file to use "
+            "instead."
         )
     text = path.read_text(encoding="utf-8").rstrip("\n")
     try:
-        ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).parse(text)
+        _compile_jinja_template(text)
     except TemplateSyntaxError as fault:
         raise ConfigError(
             f"{template}:{fault.lineno}: {fault.message}. Correct the file that prompt.template names."
         ) from None
+    if "bos_token" not in text and _sets_bos(folder):
+        text = "{{- bos_token -}}" + text
+    for file in own:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    _drop_keys(folder / "tokenizer_config.json", "chat_template")
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     return template
+
+
+def _sets_bos(folder: Path) -> bool:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return False  # `check` says what is wrong with it
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def check(folder: Path) -> Facts:

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.lib import files
+
 TURN = pa.struct(
     [(name, pa.string()) for name in ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")]
 )
@@ -100,6 +102,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     encode = {**dict.fromkeys(TURNS, _turn_lists), "tools": _json_texts, "meta": _json_texts}
     columns = [encode.get(name, _texts)([row[name] for row in rows]) for name in RECORD.names]
     return pa.Table.from_arrays(columns, schema=RECORD)
+
+
+def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as one Parquet file, in the order given."""
+    files.write_table(path, table(found))
 
 
 def rows(found: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:

@@ -1,47 +1,60 @@
 """Train, validation and test: rows that hang together stay together, and stay where they are when rows are added."""
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from stages.lib.dedup import Roots, Shingles, similar_across
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
 from stages.lib.errors import DataError
 from stages.lib.schema.split import SPLITS, Split
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from stages.lib.dedup import Facts
 
+Array: TypeAlias = np.ndarray[Any, Any]
 
-@dataclass(frozen=True)
-class Linked:
-    """A row that stands elsewhere than its own group alone would: rows of other groups, similar to its own, pull it."""
-
-    id: str
-    group: str
-    split: str
-    alone: str
-    with_group: str
+SYNTHETIC = "synthetic"  # source of generated rows: they are trained on, never measured with
+TRAIN, VALIDATION, TEST, OUT = 0, 1, 2, -1  # numbers of SPLITS; OUT: dropped, since its group is held out officially
+NO_SPLIT = -1
+MANY = 10_000  # components from which the sizes are promised
+TOLERANCE = 0.008  # of the rows; the promise is 0.01, and rows are dropped after they were placed
+TIGHTER = (1.0, 0.5, 0.25, 0.0)  # how much of what chance does to a label's share is left as it is
+LINKED = pa.schema([(name, pa.string()) for name in ("id", "group", "split", "alone", "with_group")])
 
 
 @dataclass(frozen=True)
 class Placed:
-    parts: dict[str, list[Row]]  # split -> rows, by id
-    linked: list[Linked]
+    """Where rows stand.
+
+    split: (rows,) numbers in SPLITS, or OUT. linked: rows that stand elsewhere than a hash of their own group and the
+    requested fractions alone would put them, and with whose group they stand there; a row whose place changes when rows
+    are added is listed before or after.
+    """
+
+    split: Array
+    linked: pa.Table
     components: int
     largest_component: int  # rows
 
+    def metrics(self) -> dict[str, float]:
+        placed = self.split[self.split != OUT]
+        shares = np.bincount(placed, minlength=len(SPLITS)) / max(1, len(placed))
+        return {
+            "split/components": self.components,
+            "split/largest_component": self.largest_component,
+            "split/linked_rows": self.linked.num_rows,
+            **{f"split/share/{split}": float(share) for split, share in zip(SPLITS, shares, strict=True)},
+        }
 
-@dataclass(frozen=True)
-class Leak:
-    """A row that is taken out of one split because a row of a split held out more strictly is nearly equal to it."""
 
-    row: Row
-    kept_id: str
-    score: float
-
-
-def by_component(rows: Sequence[Row], clusters: Mapping[str, str], settings: Split, seed: int) -> Placed:
+def place(facts: "Facts", clusters: Array, settings: Split) -> Placed:
     """Place each component of rows, linked by a common group or a common cluster of near-duplicates, in one split.
 
         group A: a1 a2      cluster {a2, b1}      ->  a1 a2 b1 are one component, c1 another
@@ -49,106 +62,301 @@ def by_component(rows: Sequence[Row], clusters: Mapping[str, str], settings: Spl
         group C: c1
 
     The split follows from a hash of the seed and the name of the component's largest group: rows that come later move
-    nothing, unless they tie two groups together.
+    nothing, unless they tie two groups together. Where that makes a split too large or too small (from 10,000
+    components on, and for each label), as many components as needed at the border of two splits go to the other one.
 
-    Args: clusters: id of each row -> name of its cluster.
+    Rows with an official split stay there, and pull along what is linked to them and has none. If the data name no
+    official validation, it is taken out of the official train by the hash; test too, if nothing else could be in it.
+    A row of train whose group is held out officially is OUT. Synthetic rows are train, or OUT.
+
+    Args: facts: rows in canonical order. clusters: (rows,) equal numbers for rows of one cluster.
     Raises: DataError, when a split stays empty.
     """
-    name = {row["id"]: group_of(row) for row in rows}
-    sizes = Counter(name.values())
-    roots = Roots(sizes)
-    first: dict[str, str] = {}
-    for row in rows:
-        other = first.setdefault(clusters[row["id"]], name[row["id"]])
-        roots.join(other, name[row["id"]])
-    members: dict[str, list[str]] = defaultdict(list)
-    for group in sizes:
-        members[roots.of(group)].append(group)
-    leader = {root: min(groups, key=lambda group: (-sizes[group], group)) for root, groups in members.items()}
+    group, names = _codes(pc.if_else(pc.equal(facts.group, ""), facts.id, facts.group))
+    synthetic = _flags(pc.equal(facts.source, SYNTHETIC))
+    official = _official(facts.split)
+    given = official != NO_SPLIT
+    real = ~synthetic
+    component = _components(group[real], clusters[real], len(names))[group]  # of a row whose group is synthetic: unused
+    count = int(component.max(initial=-1)) + 1
+    rows_of = np.bincount(component[real], minlength=count)
+    strictest = np.full(count, NO_SPLIT, np.int8)
+    np.maximum.at(strictest, component[real], official[real])  # no split < train < validation < test
+    leader = _leaders(group[real], component[real], len(names), count, names)
+    label = _labels(component[real], facts.label.filter(pa.array(real)), count)
 
-    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    linked = []
-    for row in sorted(rows, key=lambda row: row["id"]):
-        group = name[row["id"]]
-        by = leader[roots.of(group)]
-        split, alone = split_of(by, settings, seed), split_of(group, settings, seed)
-        parts[split].append(row)
-        if split != alone:
-            linked.append(Linked(row["id"], group, split, alone, by))
-    if empty := [split for split, part in parts.items() if not part]:
+    exists = rows_of > 0
+    is_free, is_train = exists & (strictest == NO_SPLIT), exists & (strictest == TRAIN)
+    names_test = bool((official == TEST).any()) or bool((~given & real).any())
+    wanted = (settings.test_fraction, settings.validation_fraction)
+    taken = (0.0 if names_test else wanted[0], 0.0 if (official == VALIDATION).any() else wanted[1])
+    point = np.zeros(len(names))
+    asked = np.unique(group[real & (official <= TRAIN)])
+    point[asked] = positions(names.take(pa.array(asked)).to_pylist(), settings.seed)
+    # a split that is not taken gives its room to train: what it would hold comes last
+    shift = wanted[0] - taken[0]
+    turned = (point - shift) % 1.0
+
+    split_of_component = strictest.copy()
+    for chosen, at, fractions in ((is_free, point, wanted), (is_train, turned, taken)):
+        split_of_component[chosen] = _divided(at[leader[chosen]], rows_of[chosen], label[chosen], *fractions)
+    split = split_of_component[component]
+    held = given & (official != TRAIN)
+    split[held] = official[held]
+    split[given & (official == TRAIN) & (strictest[component] > TRAIN)] = TRAIN
+    split[synthetic] = TRAIN
+    of_group = np.full(len(names), NO_SPLIT, np.int8)
+    np.maximum.at(of_group, group[real], split[real])
+    split[split < of_group[group]] = OUT
+
+    alone = np.where(given, _plain(turned[group], *taken), _plain(point[group], *wanted))
+    is_linked = real & (split != OUT) & (split != alone) & ~held & ~(given & (strictest[component] > TRAIN))
+    found = np.flatnonzero(is_linked)
+    linked = pa.table(
+        [
+            facts.id.take(pa.array(found)),
+            names.take(pa.array(group[found])),
+            _split_names(split[found]),
+            _split_names(alone[found]),
+            names.take(pa.array(leader[component[found]])),
+        ],
+        schema=LINKED,
+    )
+    empty = [name for number, name in enumerate(SPLITS) if not (split == number).any()]
+    if empty:
         raise DataError(
-            f"{' and '.join(empty)}: no row; {len(rows)} rows form {len(members)} groups that must stay whole. "
-            "Add rows, raise split.validation_fraction or split.test_fraction, or change split.seed."
+            f"{' and '.join(empty)}: no row; {len(split)} rows form {int(exists.sum())} groups that must stay whole"
+            + (f", and {int(given.sum())} rows have an official split" if given.any() else "")
+            + ". Add rows, raise split.validation_fraction or split.test_fraction, or change split.seed."
         )
-    largest = max(sum(sizes[group] for group in groups) for groups in members.values())
-    return Placed(parts, linked, len(members), largest)
+    return Placed(split, linked, int(exists.sum()), int(rows_of.max()))
 
 
-def group_of(row: Row) -> str:
-    """The name of a row's group; a row without one is its own group."""
-    return row["group"] or row["id"]
+def positions(names: Iterable[str], seed: int) -> Array:
+    """For each name a place in [0, 1) that depends on the name and the seed alone."""
+    digests = b"".join(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8] for name in names)
+    return (np.frombuffer(digests, ">u8") >> np.uint64(8)).astype(np.float64) / 2**56
 
 
-def split_of(group: str, settings: Split, seed: int) -> str:
-    """The split of a group that hangs together with no other."""
-    point = position(group, seed)
-    if point < settings.test_fraction:
-        return "test"
-    return "validation" if point < settings.test_fraction + settings.validation_fraction else "train"
+def _plain(point: Array, test: float, validation: float) -> Array:
+    """The split of each position by the requested fractions: | test | validation | train |."""
+    return np.where(point < test, TEST, np.where(point < test + validation, VALIDATION, TRAIN)).astype(np.int8)
 
 
-def position(name: str, seed: int) -> float:
-    """A place in [0, 1) that depends on the name and the seed alone."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:7]) / 2**56
+def _divided(point: Array, rows: Array, label: Array, test: float, validation: float) -> Array:
+    """The split of each component by its position; the borders moved where a share would be far from the request.
 
+        position   0 ..... test ..... test + validation ..... 1
+                      test  | validation   |  train              a border moves by whole components
 
-def without_leaks(
-    parts: Mapping[str, Sequence[Row]], shingles: Mapping[str, Shingles], threshold: float
-) -> tuple[dict[str, list[Row]], list[Leak]]:
-    """Take out of train what is nearly equal to a row of validation or test, and out of validation what is to test's.
-
-    Candidates come from MinHash, which may overlook a pair; this join is exact, so that the promise is zero.
-
-    Args: shingles: id -> what the row is compared by. threshold: Jaccard similarity from which two rows are too close.
+    Args: rows, label: of each component; label -1 where there is none.
     """
-    clean = {split: list(part) for split, part in parts.items()}
-    leaks = []
-    for held_out, open_split in (("test", "validation"), ("test", "train"), ("validation", "train")):
-        found: dict[str, tuple[float, str]] = {}
-        pairs = similar_across(_of(clean[held_out], shingles), _of(clean[open_split], shingles), threshold)
-        for kept_id, id, score in pairs:
-            found[id] = max(found.get(id, (0.0, "")), (score, kept_id))
-        leaks += [
-            Leak(row, found[row["id"]][1], found[row["id"]][0]) for row in clean[open_split] if row["id"] in found
-        ]
-        clean[open_split] = [row for row in clean[open_split] if row["id"] not in found]
-    return clean, leaks
+    plain = _plain(point, test, validation)
+    total = int(rows.sum())
+    is_many = len(rows) >= MANY
+    if not total or not test + validation or not (is_many or (label >= 0).any()):
+        return plain
+    # one component of more than the tolerance could make a held-out split consist of little else: train has room for it
+    small = np.flatnonzero(rows <= TOLERANCE * total) if is_many else np.arange(len(rows))
+    strata = _strata(label[small], min(share for share in (test, validation) if share))
+    every = (
+        np.bincount(strata, rows[small]) * total / max(1, rows[small].sum())
+    )  # rows to divide, large components' too
+    order = np.lexsort((point[small], strata))
+    starts = np.searchsorted(strata[order], np.arange(len(every) + 1))
+    best: tuple[float, Array] | None = None
+    for chance in TIGHTER:
+        split = np.full(len(rows), TRAIN, np.int8)
+        for stratum, (start, end) in enumerate(pairwise(starts)):
+            chosen = small[order[start:end]]
+            first, second = _borders(point[chosen], rows[chosen], every[stratum], test, validation, chance)
+            split[chosen[:first]], split[chosen[first:second]] = TEST, VALIDATION
+        shares = np.bincount(split, rows, minlength=3) / total
+        off = float(np.abs(shares - (1 - test - validation, validation, test)).max())
+        if best is None or off < best[0]:
+            best = off, split
+        if off <= TOLERANCE or not is_many:
+            break
+    assert best is not None
+    return best[1]
 
 
-def _of(rows: Sequence[Row], shingles: Mapping[str, Shingles]) -> dict[str, Shingles]:
-    return {row["id"]: shingles[row["id"]] for row in rows}
+def _borders(point: Array, rows: Array, every: float, test: float, validation: float, chance: float) -> tuple[int, int]:
+    """How many of the components, by position, are test, and how many test or validation.
 
-
-def limit(
-    parts: Mapping[str, Sequence[Row]], max_rows: Mapping[str, Mapping[str, int]], seed: int
-) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Keep at most max_rows[split][task] rows, those that a hash of seed and id puts first: a larger limit only adds.
-
-    Returns: (the parts, what was left out).
+    As many as stand before the requested fractions, if the shares are then within a tolerance: a standard deviation of
+    what chance makes of components of these sizes and one component more, at least TOLERANCE. Else as many as bring
+    them within it. A narrower one would move more rows whenever some are added.
     """
-    limited: dict[str, list[Row]] = {}
-    beyond: list[Row] = []
-    for split, rows in parts.items():
-        left = dict(max_rows.get(split, {}))
-        kept = []
-        for row in sorted(rows, key=lambda row: position(row["id"], seed)):
-            remaining = left.get(row["task"])
-            if remaining == 0:
-                beyond.append(row)
-                continue
-            if remaining is not None:
-                left[row["task"]] = remaining - 1
-            kept.append(row)
-        limited[split] = sorted(kept, key=lambda row: row["id"])
-    return limited, sorted(beyond, key=lambda row: row["id"])
+    reached = np.concatenate([[0], np.cumsum(rows)])
+    size = float(rows.mean()) if len(rows) else 0.0
+    spread = float(np.sqrt(np.square(rows, dtype=np.float64).sum()))
+
+    def tolerance(share: float) -> float:
+        return max(TOLERANCE * every, chance * (spread * np.sqrt(share * (1 - share)) + size))
+
+    wanted, room = test * every, tolerance(test)
+    first = _border(reached, int(np.searchsorted(point, test)), wanted - room, wanted + room) if test else 0
+    wanted, room = (test + validation) * every, tolerance(test + validation)
+    low, high = reached[first] + validation * every - room, reached[first] + validation * every + room
+    before = int(np.searchsorted(point, test + validation))
+    return first, max(first, _border(reached, before, max(low, wanted - room), min(high, wanted + room)))
+
+
+def _border(reached: Array, number: int, low: float, high: float) -> int:
+    """The number of components nearest to `number` whose rows, reached[number], lie between low and high."""
+    first = int(np.searchsorted(reached, low, "left"))
+    last = int(np.searchsorted(reached, high, "right")) - 1
+    if first > last:  # no number does: the one that comes nearest to the middle
+        middle = (low + high) / 2
+        near = [max(0, last), min(len(reached) - 1, first)]
+        return min(near, key=lambda place: abs(reached[place] - middle))
+    return min(max(number, first), last)
+
+
+def _strata(label: Array, smallest_share: float) -> Array:
+    """Labels as numbers from 0; those of too few components to be in every split are one."""
+    _, code, size = np.unique(label, return_inverse=True, return_counts=True)
+    _, strata = np.unique(np.where(size[code] * smallest_share < 1, -1, code), return_inverse=True)
+    return np.asarray(strata)
+
+
+def _components(group: Array, cluster: Array, groups: int) -> Array:
+    """(groups,) the component of each group: groups are linked by rows of a common cluster."""
+    _, cluster = np.unique(cluster, return_inverse=True)
+    nodes = groups + int(cluster.max(initial=-1)) + 1
+    edges = coo_matrix((np.ones(len(group), np.int8), (group, groups + cluster)), shape=(nodes, nodes))
+    return np.asarray(connected_components(edges, directed=False)[1][:groups])
+
+
+def _leaders(group: Array, component: Array, groups: int, components: int, names: pa.Array) -> Array:
+    """(components,) the group of most rows of each component; of equals the first by name."""
+    rows = np.bincount(group, minlength=groups)
+    component_of = np.full(groups, -1, np.int64)
+    component_of[group] = component
+    leader = np.zeros(components, np.int64)
+    present = np.flatnonzero(component_of >= 0)
+    leader[component_of[present]] = present
+    shared = present[np.bincount(component_of[present], minlength=components)[component_of[present]] > 1]
+    rank = np.empty(len(shared), np.int64)
+    rank[pc.sort_indices(names.take(pa.array(shared))).to_numpy()] = np.arange(len(shared))
+    best = shared[np.lexsort((-rank, rows[shared]))]  # the last one written stays
+    leader[component_of[best]] = best
+    return leader
+
+
+def _labels(component: Array, label: pa.Array, components: int) -> Array:
+    """(components,) the label of most rows of each component, as its number by name; -1 without."""
+    found = np.full(components, -1, np.int64)
+    if label.null_count == len(label):
+        return found
+    code, names = _codes(label)
+    rank = np.empty(len(names), np.int64)
+    rank[pc.sort_indices(names).to_numpy()] = np.arange(len(names))
+    ranked = np.where(code < 0, len(names), rank[code])  # rows without a label are a label, the last one
+    keys, counts = np.unique(component * (len(names) + 1) + ranked, return_counts=True)
+    order = np.lexsort((-keys, counts))  # the last one written stays: most rows, then the first name
+    found[keys[order] // (len(names) + 1)] = keys[order] % (len(names) + 1)
+    return np.where(found == len(names), -1, found)
+
+
+def _codes(column: pa.Array | pa.ChunkedArray) -> tuple[Array, pa.Array]:
+    """(number of each value, the distinct values); null is -1."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    encoded = column.dictionary_encode()
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+
+
+def _official(column: pa.Array) -> Array:
+    numbers = pc.fill_null(pc.index_in(column, value_set=pa.array(SPLITS)), NO_SPLIT)
+    return np.asarray(numbers.to_numpy(zero_copy_only=False)).astype(np.int8)
+
+
+def _flags(column: pa.Array) -> Array:
+    return np.asarray(pc.fill_null(column, False).to_numpy(zero_copy_only=False))
+
+
+def _split_names(numbers: Array) -> pa.Array:
+    return pa.array(SPLITS).take(pa.array(numbers, pa.int64()))
+
+
+def reduced(facts: "Facts", split: Array, settings: Split, weights: Mapping[str, float], fraction: float) -> Array:
+    """Why each row is left out of its split: "limit", "weight" or "fraction"; "" for one that stays or is OUT already.
+
+    The fraction comes last, so that the training rows of a smaller one are contained in a larger one's whatever the
+    limits and weights are.
+
+    Args: split: (rows,) numbers in SPLITS or OUT. weights: of sources, see `mix`. fraction: of the rows of train.
+    """
+    reasons = np.full(len(split), "", dtype="<U8")
+    if not any(settings.max_rows.values()) and not weights and fraction == 1:
+        return reasons
+    rank = ranks(facts.id.to_pylist(), settings.seed)
+    sources = _text(facts.source)
+    steps = (
+        ("limit", lambda left: limit(left, _text(facts.task), rank, settings.max_rows)),
+        ("weight", lambda left: mix(left, sources, rank, weights)),
+        ("fraction", lambda left: portion(left, sources, rank, fraction)),
+    )
+    left = split.copy()
+    for reason, step in steps:
+        beyond = (left != OUT) & ~step(left)
+        reasons[beyond] = reason
+        left[beyond] = OUT
+    return reasons
+
+
+def ranks(ids: Sequence[str], seed: int) -> Array:
+    """(rows,) the place of each row in the order in which rows are taken: by a hash of seed and id."""
+    rank = np.empty(len(ids), np.int64)
+    rank[np.argsort(positions(ids, seed), kind="stable")] = np.arange(len(ids))
+    return rank
+
+
+def limit(split: Array, task: Array, rank: Array, max_rows: Mapping[str, Mapping[str, int]]) -> Array:
+    """Which rows stay when of each split and task at most max_rows[split][task] do: a larger limit only adds."""
+    stays = split != OUT
+    for name, tasks in max_rows.items():
+        for limited, most in tasks.items():
+            members = np.flatnonzero((split == SPLITS.index(name)) & (task == limited))
+            stays[_by_rank(members, rank)[most:]] = False
+    return stays
+
+
+def mix(split: Array, source: Array, rank: Array, weights: Mapping[str, float]) -> Array:
+    """Which rows stay so that in each split the sources in `weights` have these shares, as many rows as that allows.
+
+        weights a: 1, b: 3    rows a: 5, b: 6    ->    a: 2, b: 6
+
+    A source without rows in a split, and one without a weight, does not count there.
+    """
+    stays = split != OUT
+    for number in range(len(SPLITS)):
+        members = {name: np.flatnonzero((split == number) & (source == name)) for name in sorted(weights)}
+        present = {name: found for name, found in members.items() if len(found)}
+        if not present:
+            continue
+        whole = min(len(found) / weights[name] for name, found in present.items())
+        for name, found in present.items():
+            stays[_by_rank(found, rank)[round(whole * weights[name]) :]] = False
+    return stays
+
+
+def portion(split: Array, source: Array, rank: Array, fraction: float) -> Array:
+    """Which rows stay when train is cut to a fraction of its rows, each source by itself."""
+    stays = split != OUT
+    for name in np.unique(source):
+        members = np.flatnonzero((split == TRAIN) & (source == name))
+        stays[_by_rank(members, rank)[round(fraction * len(members)) :]] = False
+    return stays
+
+
+def _by_rank(members: Array, rank: Array) -> Array:
+    return np.asarray(members[np.argsort(rank[members])])
+
+
+def _text(column: pa.Array) -> Array:
+    """Strings to compare with; numbered first, since there are few of them."""
+    code, names = _codes(column)
+    return np.asarray(names.to_pylist(), dtype=object)[code]

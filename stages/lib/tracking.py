@@ -65,20 +65,31 @@ class Killed(SystemExit):
 def key(params: Mapping[str, Any]) -> str:
     """Which experiment this process works for: DVC's name, or, without one, what determines the result.
 
-    That is the parameters, the code, the environment's lock, the prompt template and the user's data. Of data that DVC
-    tracks its .dvc file is read, which holds the hash.
+    That is the parameters, the code, the environment's lock, templates, benchmarks and the user's data. Of data that
+    DVC tracks its .dvc file is read, which holds the hash.
     """
     if name := os.environ.get("DVC_EXP_NAME"):
         return name
     tracked = {section: values for section, values in params.items() if section not in UNTRACKED}
     digest = hashlib.sha256(json.dumps(tracked, sort_keys=True).encode())
-    data = Path(params["data"]["path"])
-    pointer = data.with_name(f"{data.name}.dvc")
     code = sorted(path for path in Path("stages").rglob("*") if path.suffix in (".py", ".jinja"))
-    others = (Path("requirements.lock"), Path(params["prompt"]["template"]), pointer if pointer.exists() else data)
-    for path in (*code, *others):
+    templates = sorted(Path("conf/prompt").glob("*.jinja"))
+    for path in (*code, *templates, Path("requirements.lock"), Path(params["prompt"]["template"])):
         digest.update(files.sha256(path).encode() if path.is_file() else b"absent")
+    for given in (params["data"]["path"], params["dedup"]["contamination"]["benchmarks"]):
+        digest.update(_content(Path(given)).encode())
     return f"repro-{digest.hexdigest()[:8]}"
+
+
+def _content(path: Path) -> str:
+    """A hash of a file, of all files of a folder, or of the .dvc file that stands for either."""
+    pointer = path.with_name(f"{path.name}.dvc")
+    if pointer.exists():
+        return files.sha256(pointer)
+    if path.is_dir():
+        held = {str(file.relative_to(path)): files.sha256(file) for file in path.rglob("*") if file.is_file()}
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+    return files.sha256(path) if path.is_file() else "absent"
 
 
 def address(configured: str | None) -> str:

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from stages import base_model
-from stages.lib import files, model_folder
+from stages.lib import chat, files, model_folder
 from stages.lib.errors import ConfigError, ExternalError, ModelError
 from stages.lib.schema.base_model import BaseModel, Source
-from stages.lib.schema.prompt import Prompt
+from stages.lib.schema.prompt import Prompt, Use
 from stages.lib.sources import wheel
 from tests.conftest import ROOT, WORDS, throwaway_tokenizer
 from tests.hub_stub import COMMIT, serving
@@ -117,7 +117,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., B
 
 
 def run(model: BaseModel, template: str = CHATML) -> dict[str, Any]:
-    base_model.main(base_model.Params(base_model=model, prompt=Prompt(template=template)))
+    base_model.main(base_model.Params(base_model=model, prompt=Prompt(template=template, use=Use.missing)))
     return files.read_json(Path("models/base/source.json"))
 
 
@@ -276,6 +276,40 @@ def test_a_folder_with_its_own_chat_template_keeps_it(tmp_path: Path, tiny_model
     assert model_folder.settle_chat_template(tiny_model_dir, "nowhere.jinja") == "model"
 
 
+def test_the_configured_template_takes_the_place_of_the_models_own_when_always_used(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, folder)
+    files.write_json(
+        folder / "tokenizer_config.json",
+        files.read_json(folder / "tokenizer_config.json") | {"chat_template": "{{ 'of the model' }}"},
+    )
+    assert model_folder.settle_chat_template(folder, CHATML, Use.always) == CHATML
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer.chat_template == Path(CHATML).read_text().rstrip("\n")
+
+
+def test_a_configured_template_writes_the_bos_that_the_tokenizer_would_set(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = without_template(tmp_path / "base", tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    model_folder.settle_chat_template(folder, CHATML)
+    ids = chat.prompt_ids(chat.load_tokenizer(folder), [{"role": "user", "content": WORDS}])
+    assert tokenizer.decode(ids).startswith("<|endoftext|><|im_start|>user")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -310,7 +344,7 @@ def test_a_configured_template_that_parses_but_cannot_write_a_chat_ends_the_stag
 
     monkeypatch.setattr(base_model, "fetch", fetch)
     (in_tmp / "own.jinja").write_text(content)
-    params = base_model.Params(base_model=of_the_hub(), prompt=Prompt(template="own.jinja"))
+    params = base_model.Params(base_model=of_the_hub(), prompt=Prompt(template="own.jinja", use=Use.missing))
     with pytest.raises(ConfigError, match=rf"prompt\.template: found 'own\.jinja'; {message}"):
         base_model.main(params)
     assert list((in_tmp / "models").iterdir()) == []

@@ -68,7 +68,7 @@ def workplace(in_tmp: Path, tiny_model_dir: Path, adapter: Path) -> Path:
     files.write_csv(Path("plots/train.csv"), [{"step": step, "loss": 2 - step, "val_loss": 2} for step in (0, 1)])
     for split, numbers in (("train", range(4)), ("test", range(10, 15))):
         rows = [row(number, task) for number in numbers for task in ("fields", "words")]
-        files.write_rows(Path(f"data/splits/{split}.parquet"), rows, records.RECORD)
+        records.write(Path(f"data/splits/{split}.parquet"), rows)
     return in_tmp
 
 
@@ -86,7 +86,7 @@ def test_each_row_is_answered_by_three_arms_and_the_base_is_the_untouched_one(wo
 
     base = Path("models/base")
     tokenizer = chat.load_tokenizer(base)
-    asked = arms.questions(tokenizer, sorted(files.read_rows(Path("data/splits/test.parquet")), key=lambda r: r["id"]))
+    asked = arms.questions(tokenizer, sorted(records.read(Path("data/splits/test.parquet")), key=lambda r: r["id"]))
     alone = scoring.answer_likelihoods(
         models.load_base(base, NUMERICS), [q.prompt for q in asked], [q.answer for q in asked], batch_size=1
     )
@@ -121,7 +121,7 @@ def test_two_runs_give_the_same_bytes(workplace: Path) -> None:
 
 
 def test_a_test_split_without_rows_is_one_message_and_nothing_is_written(workplace: Path) -> None:
-    files.write_rows(Path("data/splits/test.parquet"), [], records.RECORD)
-    with pytest.raises(DataError, match=r"holds no rows, expected at least one.*split\.test_fraction"):
+    records.write(Path("data/splits/test.parquet"), [])
+    with pytest.raises(DataError, match=r"holds no row to evaluate on.*expected at least one.*split\.test_fraction"):
         evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
     assert not Path("reports").exists()

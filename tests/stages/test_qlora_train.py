@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from stages import qlora_train, tokenize_pack
+from stages import qlora_train
 from stages.lib import files, models, numerics, packing, records
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
-from stages.lib.schema.pack import OnOverlong, Pack
+from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
 from stages.lib.schema.train import Scheduler, Train
 
 NF4 = Numerics(Determinism.strict, ComputeDtype.auto, ComputeDtype.auto, Device.cpu, Quantization.nf4, True)
+PACK = Pack(64, OnOverlong.drop, Labels.assistant_only, ControlTokens.text, 0.05)
 TRAIN = Train(1.0e-2, 1.0, 1, 1, Scheduler.cosine, 0.1, 0.0, 1.0, False, 2, 3, 1, 8)
 
 
@@ -27,8 +28,9 @@ def prepared(in_tmp: Path, tiny_model_dir: Path) -> Path:
             [{"role": "user", "content": f"add {i} 1"}, {"role": "assistant", "content": f"{i} plus"}] for i in range(n)
         ]
         rows = [records.make(messages, group=split, source="test", task="add") for messages in turns]
-        files.write_rows(Path(f"data/splits/{split}.parquet"), rows, records.RECORD)
-    tokenize_pack.main(tokenize_pack.Params(Pack(max_tokens=64, on_overlong=OnOverlong.drop)))
+        found = packing.encoded(records.table(rows), folder=tiny_model_dir, p=PACK, where=split)
+        packs = packing.packs(found.tokens, max_tokens=PACK.max_tokens)
+        packing.write(Path(f"data/packed/{split}/packs.parquet"), packs)
     return in_tmp
 
 

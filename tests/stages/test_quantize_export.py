@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stages import merge, quantize_export
-from stages.lib import chat, fidelity, files, models
+from stages.lib import chat, fidelity, files, models, records
 from stages.lib.errors import DataError, ExternalError, GateError, ModelError
 from stages.lib.export import gguf, llama_cpp, manifest, measuring, modelfile, nf4, writing
 from stages.lib.schema.base_model import BaseModel
@@ -265,7 +265,7 @@ def test_answers_that_do_not_stop_where_the_tuned_model_did_break_the_gate(expor
     file = writing.Written(Format.gguf_q8_0, exported / "models/export" / f"{NAME}-Q8_0.gguf")
     model = exported / "models/merged"
     asked = measuring.ask_llama_cpp(
-        [file], model, files.read_rows(exported / "data/splits/test.parquet"), p.export, p.evaluate
+        [file], model, records.read(exported / "data/splits/test.parquet"), p.export, p.evaluate
     )
     predictions = files.read_rows(exported / "reports/evaluation/predictions.parquet")
     stopping = {row["id"]: row | {"stops": 1.0} for row in predictions}

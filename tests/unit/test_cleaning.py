@@ -1,6 +1,7 @@
 """Cleaning: each switch changes or rejects what it says, counts it, and shows nothing of what it found."""
 
 import dataclasses
+import time
 from collections import Counter
 from typing import Any
 
@@ -151,6 +152,30 @@ def test_no_value_found_stands_in_a_reason_a_count_or_a_log(
     assert counts == {"pii/email": 1, "pii/card": 1}
 
 
+def test_a_rejected_row_is_kept_without_what_is_redacted_or_rejected() -> None:
+    row = {
+        "to": [f"a\n{EMAIL}", "a\n+49 30 901820"],
+        "card": 4111111111111111,
+        "at": b"x",
+        "raw": f'{{"to": "{EMAIL}"}}',
+    }
+    policies = {"email": Policy.redact, "card": Policy.reject, "phone": Policy.count}
+    kept = {"to": ["a\n<email>", "a\n+49 30 901820"], "card": "<card>", "at": b"x", "raw": '{"to": "<email>"}'}
+    assert cleaning.masked(row, policies) == kept
+    assert cleaning.masked(row, {"email": Policy.count}) is row
+
+
+def test_what_is_nested_without_end_is_neither_followed_nor_shown() -> None:
+    deep: Any = EMAIL
+    for _ in range(2000):
+        deep = [deep]
+    assert EMAIL not in cleaning.masked(deep, {"email": Policy.redact})
+    call = {"type": "function", "function": {"name": "send", "arguments": "[" * 9000 + EMAIL + "]" * 9000}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    cleaned = cleaning.clean(chat(messages=turns), pii(Policy.redact), Counter())
+    assert cleaned["messages"][1]["tool_calls"][0]["function"]["arguments"] == "[" * 9000 + "<email>" + "]" * 9000
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -182,6 +207,15 @@ def test_an_answer_of_nothing_but_a_refusal_is_counted_or_rejected(answer: str) 
 )
 def test_an_answer_that_says_something_is_no_refusal(answer: str) -> None:
     assert not cleaning.is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "piece", ["I'm sorry ", "sorry, as an AI ", "As an AI I'm an ai ", "I cannot. ", "sorry but and "]
+)
+def test_apologies_without_end_take_no_longer_than_a_moment(piece: str) -> None:
+    started = time.process_time()
+    cleaning.is_refusal((piece * 100)[: cleaning.MAX_REFUSAL_CHARS])
+    assert time.process_time() - started < 0.2
 
 
 def test_a_refusal_that_is_the_unwanted_answer_is_kept() -> None:

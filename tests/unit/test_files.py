@@ -19,8 +19,8 @@ def rows(n: int) -> list[dict[str, object]]:
 
 def test_rows_survive_and_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
-        files.write_rows(tmp_path / name, rows(3), records.RECORD)
-    assert files.read_rows(tmp_path / "a.parquet") == rows(3)
+        records.write(tmp_path / name, rows(3))
+    assert records.read(tmp_path / "a.parquet") == rows(3)
     assert files.sha256(tmp_path / "a.parquet") == files.sha256(tmp_path / "b.parquet")
 
 

@@ -128,6 +128,7 @@ def test_the_quick_look_never_misses_what_the_closer_one_finds(monkeypatch: pyte
         "+1(2",
         "3782 ",
         "DE12 ",
+        "a@b.example ",
     ],
 )
 def test_hostile_repetition_takes_no_longer_than_a_moment(piece: str) -> None:

@@ -1,123 +1,242 @@
 """Splits: what hangs together stays together, and stays where it is."""
 
-from typing import Any
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from stages.lib import records, splits
+from stages.lib import splits
+from stages.lib.dedup import Facts
 from stages.lib.errors import DataError
-from stages.lib.schema.split import Split
+from stages.lib.schema.split import SPLITS, Split
+from stages.lib.splits import OUT, TEST, TRAIN, VALIDATION
 
 SETTINGS = Split(seed=42, validation_fraction=0.1, test_fraction=0.2, max_rows={})
 
 
-def rows_of(groups: int, per_group: int = 3, first: int = 0) -> list[dict[str, Any]]:
-    return [
-        records.make(
-            [{"role": "user", "content": f"question {group} {number}"}, {"role": "assistant", "content": "answer"}],
-            group=f"group {group}",
-            source="test",
-            task="chat",
-        )
-        for group in range(first, first + groups)
-        for number in range(per_group)
-    ]
+def facts(
+    groups: Sequence[str],
+    ids: Sequence[str] | None = None,
+    labels: Sequence[str | None] | None = None,
+    official: Sequence[str | None] | None = None,
+    sources: Sequence[str] | None = None,
+) -> Facts:
+    count = len(groups)
+    whole = np.arange(count)
+    return Facts(
+        id=pa.array(ids or [f"row {number:06}" for number in range(count)], pa.string()),
+        group=pa.array(groups, pa.string()),
+        task=pa.array(["chat"] * count),
+        source=pa.array(sources or ["file"] * count),
+        label=pa.array(labels or [None] * count, pa.string()),
+        split=pa.array(official or [None] * count, pa.string()),
+        characters=whole,
+        key=np.zeros((count, 2), np.uint64),
+        tie=whole.astype(np.uint64),
+        position=whole,
+    )
 
 
-def alone(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Clusters in which every row is by itself."""
-    return {row["id"]: row["id"] for row in rows}
+def grouped(groups: int, each: int = 3) -> list[str]:
+    return [f"group {group}" for group in range(groups) for _ in range(each)]
 
 
-def where(placed: splits.Placed) -> dict[str, str]:
-    return {row["id"]: split for split, part in placed.parts.items() for row in part}
+def shares(split: splits.Array) -> list[float]:
+    return [float((split == number).mean()) for number in range(len(SPLITS))]
+
+
+def hashed(name: str) -> int:
+    """Where a group that hangs together with no other stands, by the promise itself: 56 bits of a sha256."""
+    point = int(hashlib.sha256(f"42 {name}".encode()).hexdigest()[:14], 16) / 2**56
+    return TEST if point < 0.2 else VALIDATION if point < 0.3 else TRAIN
+
+
+def test_the_split_of_a_group_is_a_hash_of_the_seed_and_its_name() -> None:
+    names = [f"g{number}" for number in range(40)]
+    placed = splits.place(facts(names), np.arange(40), SETTINGS)
+    assert placed.split.tolist() == [hashed(name) for name in names]
+    assert (placed.components, placed.largest_component, placed.linked.num_rows) == (40, 1, 0)
 
 
 def test_no_group_and_no_cluster_stands_in_two_splits() -> None:
-    rows = rows_of(200)
-    clusters = alone(rows)
-    tied = [row["id"] for row in rows[::40]]
-    clusters |= dict.fromkeys(tied, min(tied))
-    placed = splits.by_component(rows, clusters, SETTINGS, seed=7)
-    split = where(placed)
-    for group in {row["group"] for row in rows}:
-        assert len({split[row["id"]] for row in rows if row["group"] == group}) == 1
-    assert len({split[id] for id in tied}) == 1
-    assert placed.largest_component == 3 * len({row["group"] for row in rows if row["id"] in tied})
+    groups = grouped(200)
+    clusters = np.arange(600)
+    clusters[::40] = -1
+    placed = splits.place(facts(groups), clusters, SETTINGS)
+    assert len(set(placed.split[::40].tolist())) == 1
+    assert len(set(zip(groups, placed.split.tolist(), strict=True))) == 200
+    assert placed.largest_component == 3 * len(set(groups[::40]))
 
 
-def test_rows_pulled_along_by_a_similar_row_of_another_group_are_listed() -> None:
-    rows = rows_of(200)
-    clusters = alone(rows)
-    clusters |= dict.fromkeys([row["id"] for row in rows[::40]], "one")
-    placed = splits.by_component(rows, clusters, SETTINGS, seed=7)
-    split = where(placed)
-    elsewhere = {row["id"] for row in rows if split[row["id"]] != splits.split_of(row["group"], SETTINGS, 7)}
-    assert {linked.id for linked in placed.linked} == elsewhere
+def test_the_largest_group_of_a_component_decides_and_the_rows_it_pulls_are_listed() -> None:
+    names = [f"g{number}" for number in range(40)]
+    small, large = (next(name for name in names if hashed(name) == split) for split in (TEST, TRAIN))
+    placed = splits.place(facts([small, large, large, *names]), np.array([7, 7, *range(100, 141)]), SETTINGS)
+    assert placed.split[:3].tolist() == [TRAIN] * 3
+    assert placed.linked.filter(pa.compute.equal(placed.linked["id"], "row 000000")).to_pylist() == [
+        {"id": "row 000000", "group": small, "split": "train", "alone": "test", "with_group": large}
+    ]
 
 
 def test_ten_percent_more_rows_move_less_than_one_percent_and_every_moved_row_is_listed() -> None:
-    rows = rows_of(1000)
-    more = rows_of(100, first=1000)
-    before = where(splits.by_component(rows, alone(rows), SETTINGS, seed=7))
-    clusters = alone(rows + more)
-    for old, new in zip(rows[:9:3], more[:9:3], strict=True):  # three new rows resemble rows of three old groups
-        clusters[new["id"]] = clusters[old["id"]]
-    placed = splits.by_component(rows + more, clusters, SETTINGS, seed=7)
-    after = where(placed)
-    moved = {row["id"] for row in rows if before[row["id"]] != after[row["id"]]}
-    assert len(moved) < 0.01 * len(rows)
-    assert moved <= {linked.id for linked in placed.linked}
+    groups = grouped(4000)
+    labels = [f"label {number % 7}" for number in range(12_000)]
+    for given in (None, labels):
+        clusters = np.arange(13_200)
+        clusters[12_000:12_009:3] = clusters[:9:3]  # three new rows resemble rows of three old groups
+        more = grouped(4400)
+        before = splits.place(facts(groups, labels=given), np.arange(12_000), SETTINGS)
+        after = splits.place(facts(more, labels=given and given + given[:1200]), clusters, SETTINGS)
+        moved = np.flatnonzero(before.split != after.split[:12_000])
+        listed = {*before.linked["id"].to_pylist(), *after.linked["id"].to_pylist()}
+        assert len(moved) < 120
+        assert {f"row {number:06}" for number in moved} <= listed
+
+
+def test_places_do_not_depend_on_the_order_of_the_rows() -> None:
+    groups = grouped(500)
+    labels = [f"label {number % 5}" for number in range(1500)]
+    clusters = np.arange(1500) // 4
+    order = np.random.default_rng(0).permutation(1500)
+    found = facts(groups, labels=labels)
+    one, other = splits.place(found, clusters, SETTINGS), splits.place(found.take(order), clusters[order], SETTINGS)
+    assert one.split[order].tolist() == other.split.tolist()
+    assert one.linked.sort_by("id") == other.linked.sort_by("id")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_from_ten_thousand_components_on_sizes_are_within_a_point_however_uneven_they_are(seed: int) -> None:
+    sizes = np.minimum(np.random.default_rng(seed).zipf(1.7, 10_000), 4000)
+    groups = np.repeat([f"{seed} {number}" for number in range(10_000)], sizes).tolist()
+    placed = splits.place(facts(groups), np.arange(len(groups)), SETTINGS)
+    assert shares(placed.split) == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
+    assert placed.metrics()["split/share/test"] == shares(placed.split)[TEST]
+
+
+def test_a_component_of_more_than_a_point_of_many_rows_is_train() -> None:
+    large = next(f"large {number}" for number in range(100) if hashed(f"large {number}") == TEST)
+    groups = [*grouped(10_000, 1), *[large] * 300]
+    placed = splits.place(facts(groups), np.arange(10_300), SETTINGS)
+    assert placed.split[-1] == TRAIN
+    assert shares(placed.split) == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
+
+
+def test_each_label_is_divided_as_requested() -> None:
+    labels = [*["frequent"] * 2000, *["rare"] * 200, *["single"]]
+    names = [f"g{number}" for number in range(2201)]
+    for seed in range(10):
+        settings = Split(seed=seed, validation_fraction=0.1, test_fraction=0.2, max_rows={})
+        split = splits.place(facts(names, labels=labels), np.arange(2201), settings).split
+        assert shares(split[:2000]) == pytest.approx([0.7, 0.1, 0.2], abs=0.011)
+        assert shares(split[2000:2200]) == pytest.approx([0.7, 0.1, 0.2], abs=0.045)
 
 
 def test_rows_without_a_group_stand_alone() -> None:
-    rows = [{**row, "group": ""} for row in rows_of(300, per_group=1)]
-    assert splits.by_component(rows, alone(rows), SETTINGS, seed=7).components == 300
-
-
-def test_the_fractions_are_met_when_groups_are_many() -> None:
-    rows = rows_of(3000, per_group=1)
-    parts = splits.by_component(rows, alone(rows), SETTINGS, seed=7).parts
-    assert len(parts["test"]) == pytest.approx(600, abs=60)
-    assert len(parts["validation"]) == pytest.approx(300, abs=50)
+    assert splits.place(facts([""] * 300), np.arange(300), SETTINGS).components == 300
 
 
 def test_another_seed_splits_otherwise_also_when_it_is_zero() -> None:
-    rows = rows_of(200)
-    ways = [where(splits.by_component(rows, alone(rows), SETTINGS, seed=seed)) for seed in (0, 1)]
+    ways = [
+        splits.place(facts(grouped(200)), np.arange(600), Split(seed, 0.1, 0.2, {})).split.tolist() for seed in (0, 1)
+    ]
     assert ways[0] != ways[1]
 
 
 def test_an_empty_split_is_an_error_that_says_why() -> None:
-    rows = rows_of(1)
     with pytest.raises(
         DataError, match=r"no row; 3 rows form 1 groups that must stay whole.*split\.validation_fraction"
     ):
-        splits.by_component(rows, alone(rows), SETTINGS, seed=7)
+        splits.place(facts(["a"] * 3), np.arange(3), SETTINGS)
 
 
-def test_a_near_duplicate_that_minhash_overlooked_is_taken_out_of_train_and_not_out_of_test() -> None:
-    train, test, other = rows_of(3, per_group=1)
-    shingles = {train["id"]: frozenset(range(10)), test["id"]: frozenset(range(9)), other["id"]: frozenset({77})}
-    parts = {"train": [train, other], "validation": [], "test": [test]}
-    clean, leaks = splits.without_leaks(parts, shingles, 0.8)
-    assert clean == {"train": [other], "validation": [], "test": [test]}
-    assert [(leak.row["id"], leak.kept_id, leak.score) for leak in leaks] == [(train["id"], test["id"], 0.9)]
+def test_an_official_split_is_kept_and_only_validation_is_taken_out_of_its_train() -> None:
+    official = ["train"] * 800 + ["test"] * 200
+    split = splits.place(facts([""] * 1000, official=official), np.arange(1000), SETTINGS).split
+    assert (split[800:] == TEST).all()
+    assert (split[:800] != TEST).all()
+    assert (split[:800] == VALIDATION).mean() == pytest.approx(0.1, abs=0.03)
 
 
-def test_a_larger_limit_only_adds_rows_and_what_is_beyond_is_returned() -> None:
-    parts = {"train": rows_of(50, per_group=2), "validation": [], "test": []}
-    small, beyond = splits.limit(parts, {"train": {"chat": 20}}, seed=7)
-    large, _ = splits.limit(parts, {"train": {"chat": 30}}, seed=7)
-    assert len(small["train"]) == 20
-    assert len(beyond) == 80
-    assert {row["id"] for row in small["train"]} < {row["id"] for row in large["train"]}
-    assert {row["id"] for row in small["train"]} | {row["id"] for row in beyond} == {
-        row["id"] for row in parts["train"]
+def test_three_official_splits_are_kept_to_the_row() -> None:
+    official = [SPLITS[number % 3] for number in range(90)]
+    placed = splits.place(facts([""] * 90, official=official), np.zeros(90), SETTINGS)  # one cluster of all
+    assert [SPLITS[number] for number in placed.split] == official
+    assert placed.linked.num_rows == 0
+
+
+def test_an_official_train_without_anything_to_measure_with_is_divided_like_any_rows() -> None:
+    names = [f"g{number}" for number in range(40)]
+    placed = splits.place(facts(names, official=["train"] * 40), np.arange(40), SETTINGS)
+    assert placed.split.tolist() == [hashed(name) for name in names]
+
+
+def test_a_train_row_whose_group_is_officially_held_out_is_out() -> None:
+    official = ["train", "train", "test", "validation", "train"]
+    split = splits.place(facts(["a", "b", "a", "b", "c"], official=official), np.arange(5), SETTINGS).split
+    assert split.tolist() == [OUT, OUT, TEST, VALIDATION, TRAIN]
+
+
+def test_a_row_without_an_official_split_goes_where_the_rows_it_is_linked_to_stand() -> None:
+    official = ["test", None, "train", None, "validation"]
+    found = facts(["a", "a", "b", "", "c"], official=official)
+    split = splits.place(found, np.array([1, 2, 3, 3, 4]), SETTINGS).split
+    assert split.tolist() == [TEST, TEST, TRAIN, TRAIN, VALIDATION]
+
+
+def test_synthetic_rows_are_train_tie_nothing_together_and_are_out_where_their_group_is_held_out() -> None:
+    names = [f"g{number}" for number in range(40)]
+    held = next(name for name in names if hashed(name) == TEST)
+    other = next(name for name in names if hashed(name) == TRAIN)
+    sources = [*["file"] * 40, *["synthetic"] * 32]
+    groups = [*names, held, other, *[f"new {number}" for number in range(30)]]
+    clusters = np.arange(72)
+    clusters[41:43] = clusters[names.index(other)], clusters[names.index(held)]
+    split = splits.place(facts(groups, sources=sources), clusters, SETTINGS).split
+    assert split[:40].tolist() == [hashed(name) for name in names]
+    assert split[40:].tolist() == [OUT, *[TRAIN] * 31]
+
+
+def test_a_larger_limit_only_adds_rows_and_each_split_and_task_has_its_own() -> None:
+    split = np.array([TRAIN] * 50 + [TEST] * 50)
+    task = np.array(["chat", "summary"] * 50)
+    rank = splits.ranks([str(number) for number in range(100)], seed=7)
+    small = splits.limit(split, task, rank, {"train": {"chat": 5}, "test": {"chat": 0}})
+    large = splits.limit(split, task, rank, {"train": {"chat": 9}, "test": {"chat": 0}})
+    assert (small[(split == TRAIN) & (task == "chat")].sum(), small[(split == TEST) & (task == "chat")].sum()) == (5, 0)
+    assert small[task == "summary"].all()
+    assert (large & small).tolist() == small.tolist()
+
+
+def test_weights_give_the_largest_mix_of_each_split() -> None:
+    split = np.array([TRAIN] * 11 + [TEST] * 3 + [OUT])
+    source = np.array([*"aaaaabbbbbb", *"bbc", "a"])
+    stays = splits.mix(split, source, np.arange(15), {"a": 1.0, "b": 3.0})
+    assert Counter(source[stays & (split == TRAIN)].tolist()) == {"a": 2, "b": 6}
+    assert Counter(source[stays & (split == TEST)].tolist()) == {"b": 2, "c": 1}  # c has no weight: it is not mixed
+    assert not stays[-1]
+
+
+def test_a_smaller_fraction_of_train_is_contained_in_a_larger_one_also_below_limits_and_weights() -> None:
+    ids = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(400)]
+    sources = ["a", "a", "a", "b"] * 100
+    found = facts([""] * 400, ids=ids, sources=sources)
+    split = np.array([TRAIN] * 360 + [TEST] * 40)
+    settings = Split(42, 0.1, 0.2, {"train": {"chat": 200}})
+    reasons = {
+        part: splits.reduced(found, split, settings, {"a": 1.0, "b": 1.0}, part) for part in (0.1, 0.25, 0.5, 1.0)
     }
+    kept = [set(np.flatnonzero(found == "").tolist()) for found in reasons.values()]
+    assert kept[0] < kept[1] < kept[2] < kept[3]
+    train = Counter(reasons[0.5][:360].tolist())
+    assert train["limit"] == 160
+    assert train["fraction"] == train[""]
+    assert train.total() == 360
+    assert (reasons[0.1][360:] == reasons[1.0][360:]).all()
 
 
-def test_a_task_without_a_limit_is_kept_whole_and_a_limit_of_zero_keeps_nothing() -> None:
-    parts = {"train": rows_of(5), "validation": [], "test": []}
-    assert len(splits.limit(parts, {"train": {"summary": 1}}, seed=7)[0]["train"]) == 15
-    assert splits.limit(parts, {"train": {"chat": 0}}, seed=7)[0]["train"] == []
+def test_without_limits_weights_and_fraction_every_row_stays() -> None:
+    found = facts([""] * 3)
+    assert splits.reduced(found, np.zeros(3, np.int8), SETTINGS, {}, 1.0).tolist() == ["", "", ""]

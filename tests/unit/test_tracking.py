@@ -27,8 +27,9 @@ stages:
 PARAMS = """
 seed: 3
 data: {path: rows.jsonl}
+dedup: {contamination: {benchmarks: benchmarks}}
 prompt: {template: chat.jinja}
-runtime: {threads: null, log_level: info, tracking_uri: null}
+runtime: {threads: null, workers: null, engine: local, ray_address: null, log_level: info, tracking_uri: null}
 sweep: {id: null}
 """
 STAGE = """
@@ -187,8 +188,10 @@ def test_overrides_on_the_command_line_make_a_row_of_their_own_with_their_values
 
 def test_the_key_of_a_plain_repro_changes_with_all_that_determines_the_result(here: Path) -> None:
     keys = [tracking.key(config.values())]
-    (here / "stages").mkdir()
-    for name in ("rows.jsonl", "chat.jinja", "stages/one.py", "stages/page.html.jinja", "requirements.lock"):
+    for folder in ("stages", "benchmarks", "conf/prompt"):
+        (here / folder).mkdir(parents=True)
+    code = ("stages/one.py", "stages/page.html.jinja", "conf/prompt/own.jinja", "requirements.lock")
+    for name in ("rows.jsonl", "chat.jinja", "benchmarks/held_out.jsonl", *code):
         (here / name).write_text("changed")
         keys.append(tracking.key(config.values()))
     (here / "rows.jsonl.dvc").write_text("outs: [{md5: a1}]")

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
-from stages.lib import chat, models, numerics, packing, qlora, training
+from stages.lib import chat, models, numerics, packing, qlora, scoring, training
 from stages.lib.errors import GateError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
@@ -37,12 +38,17 @@ def tokenizer(tiny_model_dir: Path) -> Any:
     return chat.load_tokenizer(tiny_model_dir)
 
 
-def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
-    """One conversation each, answers of 1 to n words: labelled tokens differ from pack to pack."""
-    turns = [
+def conversations(n: int) -> list[list[dict[str, str]]]:
+    """A question each and an answer of 1 to n words."""
+    return [
         [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "fox " * (i + 1)}] for i in range(n)
     ]
-    return [packing.pack({str(i): chat.encode(tokenizer, turn)}, max_tokens=256)[0] for i, turn in enumerate(turns)]
+
+
+def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
+    """One conversation each: labelled tokens differ from pack to pack."""
+    rows = [packing.Tokens.of([(str(i), chat.encode(tokenizer, turns))]) for i, turns in enumerate(conversations(n))]
+    return [pack for row in rows for table in packing.packs(row, max_tokens=256) for pack in packing.packs_of(table)]
 
 
 def fit(folder: Path, tokenizer: Any, p: Train, *, lora: Lora = LORA, seed: int = 0, prepared: Any = None) -> Any:
@@ -114,6 +120,31 @@ def test_the_loss_is_the_mean_over_labelled_tokens_of_documents_alone(tiny_model
         n += n_labels
     trained, _ = fit(tiny_model_dir, tokenizer, replace(TRAIN, batch_size=2))
     assert trained.metrics["val/loss/base"] == pytest.approx(total / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_answers_in_a_pack_are_as_likely_as_evaluation_finds_them_alone(
+    tiny_model_dir: Path, tokenizer: Any, is_training: bool
+) -> None:
+    rows = {str(i): chat.encode(tokenizer, turns) for i, turns in enumerate(conversations(4))}
+    table = pa.concat_tables(packing.packs(packing.Tokens.of(list(rows.items())), max_tokens=256))
+    (pack,) = packing.packs_of(table)
+    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
+    torch.manual_seed(0)
+    for name, parameter in qlora.trainable(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    batch = training.end_to_end([vars(pack)])
+    packed, n_labels = training.answer_nll(model.train(is_training), batch)
+    documents = packing.documents(pack)
+    alone = scoring.answer_likelihoods(
+        model.eval(), [d.prompt for d in documents], [d.answer for d in documents], batch_size=4
+    )
+    assert n_labels == sum(likelihood.n_tokens for likelihood in alone)
+    assert packed.item() == pytest.approx(sum(likelihood.nll for likelihood in alone), rel=1e-4)
+    batch["position_ids"] = torch.arange(len(pack.input_ids))[None]  # one document: each answer sees those before it
+    together, _ = training.answer_nll(model, batch)
+    assert together.item() != pytest.approx(packed.item(), rel=1e-3)  # so that the comparison could have failed
 
 
 @pytest.mark.parametrize("dtype", [ComputeDtype.float32, ComputeDtype.bfloat16])

@@ -23,6 +23,7 @@ DATASETS = {
     "and the one-line summary of a function. The text stays under the packages' own BSD licences.",
     "local": "A file of the user's own, `{file}`.",
     "hub": "Hugging Face data set `{id}` at revision `{revision}`.",
+    "url": "`{url}` (sha256 `{sha256}`).",
 }
 
 
@@ -81,8 +82,11 @@ def license_note(base: BaseModel) -> str:
 
 def _dataset(data: Data) -> str:
     """A card is for others: of the user's own file it names the file, not the folders above it."""
-    facts = vars(data) | {"packages": ", ".join(data.packages), "file": Path(data.path).name}
-    return DATASETS[str(data.source)].format(**facts)
+    told = []
+    for source in data.each().values():
+        facts = vars(source) | {"packages": ", ".join(source.packages), "file": Path(source.path).name}
+        told.append(DATASETS[str(source.source)].format(**facts))
+    return " ".join(told)
 
 
 def _method(source: Mapping[str, Any], adapter: Mapping[str, Any], merged: Mapping[str, float]) -> str:
@@ -90,8 +94,8 @@ def _method(source: Mapping[str, Any], adapter: Mapping[str, Any], merged: Mappi
     return (
         "## Method\n\n"
         f"LoRA adapters of rank {adapter['r']} (alpha {adapter['lora_alpha']:g}, dropout {adapter['lora_dropout']:g}) "
-        f"on {modules if isinstance(modules, str) else ', '.join(sorted(modules))}, trained on the answers only, over "
-        "the base frozen in 4-bit NF4. The adapter was then merged in 32 bit. "
+        f"on {modules if isinstance(modules, str) else ', '.join(sorted(modules))}, trained over the base "
+        "frozen in 4-bit NF4. The adapter was then merged in 32 bit. "
         f"Against 4-bit base + adapter the merged model has a mean KL divergence of {merged['merge/kl/mean']:.2g} nats "
         f"per token and agrees on {merged['merge/top1']:.1%} of the most likely tokens.\n\n"
         f"Base weights: {source['origin']}, revision `{source['revision']}`."

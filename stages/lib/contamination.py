@@ -1,0 +1,311 @@
+"""Contamination: training rows that contain what validation, test or a benchmark asks.
+
+The share of a held-out row's word n-grams that is found in one training row decides; case and punctuation do not count.
+
+    held out   who painted the ceiling of the chapel        6 trigrams
+    train      Tell me: WHO painted the ceiling of a ...    4 of them, share 0.67
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.lib.dedup import compared_texts
+from stages.lib.engine import ordered_map
+from stages.lib.errors import DataError
+from stages.lib.ngrams import Ints, Ngrams, Words, ranges, starts
+from stages.lib.rows import Unparsed
+from stages.lib.schema.dedup import Contamination
+from stages.lib.sources import places, reading
+
+Shares = npt.NDArray[np.float64]
+
+KEY = "dedup.contamination.benchmarks"
+FEW = 5  # rows of one place: wording that more of them have is a phrase or a template, and says nothing of any one row
+ENOUGH = 10  # rows of a task: with fewer, "most rows" says nothing
+TABLE_BITS = 28  # of the table that answers most questions for an n-gram with no, 32 MiB
+PIECE = 1000  # hits whose wording is looked up at once
+EXCERPT = 300  # characters of the wording that is listed
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A training row that holds most of a held-out row."""
+
+    id: str  # of the training row
+    overlaps: str  # id of the row of validation or test; `file:line` of a benchmark's row
+    where: str  # validation, test, or the benchmark's file name
+    share: float  # of the held-out row's n-grams
+    matched: str  # the first of them, as the held-out row words it
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Held-out rows of one place, and what training must not contain of each: all of it, or one of its parts.
+
+    parts: (row, text) of its question, or of each field of a benchmark's row.
+    """
+
+    where: str
+    ids: pa.Array
+    whole: pa.Array
+    part_of: Ints
+    parts: pa.Array
+
+
+@dataclass(frozen=True)
+class Units:
+    """The n-grams of held-out texts: of whole rows first, then of their parts."""
+
+    texts: Texts
+    whole: Ngrams
+    part_of: Ints  # row of each part that is long enough to have n-grams of its own
+    parts: Ngrams
+
+
+def hits(
+    train: Iterable[pa.RecordBatch],
+    held_out: Iterable[tuple[str, pa.RecordBatch]],
+    settings: Contamination,
+    shared_fraction: float,
+) -> list[Hit]:
+    """Every training row that has at least `min_overlap` of a held-out row's n-grams: the closest match of each place.
+
+    A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself.
+    N-grams that more than FEW rows of a place have do not count, nor do those of more than shared_fraction of a task's
+    training rows: they are templates.
+
+    Args: train, held_out: records as dedup_split writes them; held_out with the name of their split.
+    Returns: by id, then place. Raises: DataError, when there is no file at settings.benchmarks.
+    """
+    texts = chain((record_texts(*part) for part in held_out), benchmark_texts(Path(settings.benchmarks)))
+    index = _Index(list(ordered_map(partial(_units, settings.ngram_words), texts)))
+    ids, tasks, rows, grams = [], [], [], []
+    seen = 0
+    for batch_ids, batch_tasks, found in ordered_map(partial(_train_ngrams, settings.ngram_words), train):
+        row, gram = index.find(found)
+        rows.append(row + seen)
+        grams.append(gram)
+        ids.append(batch_ids)
+        tasks.append(batch_tasks)
+        seen += len(batch_ids)
+    if not seen:
+        return []
+    row, gram = np.concatenate(rows), np.concatenate(grams)
+    task = pa.concat_arrays(tasks).dictionary_encode().indices.to_numpy().astype(np.int64)
+    shared = _common(row, gram, task, index.count, shared_fraction)
+    counts = ~np.isin(gram, shared)
+    row, gram = row[counts], gram[counts]
+    pairs = np.sort(row * index.count + gram)
+    row, held, share = index.matches(row, gram, shared, settings.min_overlap)
+    names = pa.concat_arrays(ids)
+    listed = []
+    for begin in range(0, len(row), PIECE):
+        piece = slice(begin, begin + PIECE)
+        named = [index.text(int(number)) for number in held[piece]]
+        matched = index.wording(row[piece], [text for *_, text in named], pairs, settings.ngram_words)
+        numbers = zip(row[piece].tolist(), share[piece].tolist(), named, matched, strict=True)
+        listed += [
+            Hit(names[number].as_py(), overlaps, where, part, run)
+            for number, part, (where, overlaps, _), run in numbers
+        ]
+    return sorted(listed, key=lambda hit: (hit.id, hit.where))
+
+
+def record_texts(where: str, batch: pa.RecordBatch) -> Texts:
+    """Records as held-out texts: the whole conversation, and without its answer, where an answer follows something."""
+    lists = batch["messages"]
+    sizes = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    begin = starts(sizes)
+    ends_with_answer = pc.not_equal(batch["kind"], "preference").to_numpy(zero_copy_only=False)
+    asked = np.maximum(sizes - ends_with_answer, 0)
+    turns = lists.flatten().take(pa.array(ranges(begin[:-1], asked)))
+    questions = pa.ListArray.from_arrays(pa.array(starts(asked), pa.int32()), turns)
+    nothing = pa.nulls(len(batch), lists.type)
+    columns = {"messages": questions, "text": pa.nulls(len(batch), pa.string()), "chosen": nothing, "rejected": nothing}
+    parts = compared_texts(pa.RecordBatch.from_pydict(columns))
+    return Texts(where, batch["id"], compared_texts(batch), np.arange(len(batch)), parts)
+
+
+def benchmark_texts(path: Path) -> Iterator[Texts]:
+    """The rows of a benchmark file, or of each file of a folder, by name: all texts of a row, and each by itself.
+
+    Raises: DataError, when there is nothing at the path, or a row cannot be read: it would go unnoticed in training.
+    """
+    if path.is_dir() and not any(places.kind(file.name) for file in path.rglob("*")):
+        return
+    for file, name in places.files(str(path), key=KEY):
+        for block in reading.file_blocks(file, name, key=KEY):
+            rows = list(_rows(block))
+            fields = [list(_strings(row)) for _, row in rows]
+            yield Texts(
+                name,
+                pa.array([where for where, _ in rows], pa.string()),
+                pa.array(["\n".join(found) for found in fields], pa.string()),
+                np.repeat(np.arange(len(rows)), [len(found) for found in fields]),
+                pa.array([text for found in fields for text in found], pa.string()),
+            )
+
+
+def _rows(block: reading.Block) -> Iterator[tuple[str, Any]]:
+    """(`file:line`, row); of a plain text each line is a row."""
+    kind = places.kind(block.name)
+    for where, row in reading.parsed(block):
+        if isinstance(row, Unparsed):
+            raise DataError(f"{where}: {row.code}: {row.reason}. Mend the benchmark, or change {KEY}.")
+        if kind and kind[0] == "txt":
+            lines = enumerate(row["text"].splitlines(), 1)
+            yield from ((f"{block.name}:{number}", line) for number, line in lines if line.strip())
+        else:
+            yield where, row
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a row, however deep."""
+    if isinstance(value, str):
+        yield value.encode("utf-8", "replace").decode()  # a lone surrogate is no text
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from _strings(value[key])
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def _units(length: int, texts: Texts) -> Units:
+    words = Words.of(texts.parts)
+    long = np.flatnonzero(np.diff(words.offsets) >= length)
+    return Units(texts, Words.of(texts.whole).ngrams(length), texts.part_of[long], words.ngrams(length).take(long))
+
+
+def _train_ngrams(length: int, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array, Ngrams]:
+    return batch["id"], batch["task"], Words.of(compared_texts(batch)).ngrams(length)
+
+
+class _Index:
+    """Which held-out texts have an n-gram.
+
+    grams: sorted, distinct, each by its number from here on. users: the units that have gram g are
+    users[used[g]:used[g + 1]]. size: of each unit, n-grams that count. row: of each unit. place: of each row.
+    """
+
+    def __init__(self, found: list[Units]) -> None:
+        self.texts = [units.texts for units in found]
+        self.places = sorted({texts.where for texts in self.texts})
+        sizes = [len(texts.ids) for texts in self.texts]
+        first = starts(np.array(sizes, np.int64))
+        self.first = first
+        self.place = np.repeat(np.array([self.places.index(texts.where) for texts in self.texts], np.int64), sizes)
+        whole = _joined([units.whole for units in found])
+        parts = _joined([units.parts for units in found])
+        self.row = np.concatenate(
+            [np.arange(len(whole)), *(units.part_of + begin for units, begin in zip(found, first, strict=False))]
+        )
+        every = _joined([whole, parts])
+        unit = np.repeat(np.arange(len(every), dtype=np.int32), every.sizes)
+        order = np.argsort(every.grams, kind="stable")
+        unit, ordered = unit[order], every.grams[order]
+        begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+        number = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(ordered))))
+        # how many rows of each place have it: whole rows alone are counted, their parts are in them
+        in_whole = unit < len(whole)
+        keys, counts = np.unique(number[in_whole] * len(self.places) + self.place[unit[in_whole]], return_counts=True)
+        is_phrase = np.zeros(len(begins), bool)
+        is_phrase[keys[counts > FEW] // max(1, len(self.places))] = True
+        counts_here = ~is_phrase[number]
+        unit, number = unit[counts_here], number[counts_here]
+        kept = np.flatnonzero(~is_phrase)
+        self.grams = ordered[begins[kept]]
+        self.count = len(kept)
+        self.users = unit
+        self.used = starts(np.bincount(np.searchsorted(kept, number), minlength=len(kept)))
+        self.size = np.bincount(unit, minlength=len(every))
+        self.table = np.zeros(2 ** (TABLE_BITS - 3), np.uint8)
+        place = self.grams >> np.uint64(64 - TABLE_BITS)
+        np.bitwise_or.at(self.table, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+
+    def find(self, found: Ngrams) -> tuple[Ints, Ints]:
+        """(row, number of the gram) of every n-gram that a held-out text has, too."""
+        place = found.grams >> np.uint64(64 - TABLE_BITS)
+        bit = (self.table[place >> np.uint64(3)] >> (place & np.uint64(7)).astype(np.uint8)) & 1
+        likely = np.flatnonzero(bit)
+        grams = found.grams[likely]
+        number = np.searchsorted(self.grams, grams)
+        is_held = self.grams[np.minimum(number, max(0, self.count - 1))] == grams if self.count else grams != grams
+        return np.searchsorted(found.offsets, likely[is_held], "right") - 1, number[is_held]
+
+    def matches(self, row: Ints, gram: Ints, shared: Ints, min_overlap: float) -> tuple[Ints, Ints, Shares]:
+        """(training row, held-out row, share) of the closest match in each place, by training row and place.
+
+        Args: row, gram: what was found and counts. shared: grams that do not.
+        """
+        uses = np.diff(self.used)
+        dropped = ranges(self.used[:-1][shared], uses[shared])
+        size = self.size - np.bincount(self.users[dropped], minlength=len(self.size))
+        unit = self.users[ranges(self.used[gram], uses[gram])].astype(np.int64)
+        keys, counts = np.unique(np.repeat(row, uses[gram]) * len(size) + unit, return_counts=True)
+        row, unit = keys // max(1, len(size)), keys % max(1, len(size))
+        found = np.flatnonzero(counts >= min_overlap * size[unit] - 1e-9)
+        row, held, share = row[found], self.row[unit[found]], counts[found] / size[unit[found]]
+        order = np.lexsort((self._by_name(held), -share, self.place[held], row))
+        row, held, share = row[order], held[order], share[order]
+        is_first = np.ones(len(row), bool)
+        is_first[1:] = (row[1:] != row[:-1]) | (self.place[held[1:]] != self.place[held[:-1]])
+        return row[is_first], held[is_first], share[is_first]
+
+    def _by_name(self, held: Ints) -> Ints:
+        """Each held-out row's place in the order of their ids: equal matches are told apart by no order of rows."""
+        rows, place = np.unique(held, return_inverse=True)
+        names = [self.text(int(row))[1] for row in rows]
+        rank = np.empty(len(rows), np.int64)
+        rank[sorted(range(len(rows)), key=names.__getitem__)] = np.arange(len(rows))
+        return rank[place]
+
+    def text(self, held: int) -> tuple[str, str, str]:
+        """(place, id, whole text) of a held-out row."""
+        number = int(np.searchsorted(self.first, held, "right")) - 1
+        texts, within = self.texts[number], held - int(self.first[number])
+        return texts.where, texts.ids[within].as_py(), texts.whole[within].as_py()
+
+    def wording(self, row: Ints, texts: list[str], pairs: Ints, length: int) -> list[str]:
+        """The first run of words of each held-out text that the training row has.
+
+        Args: pairs: training row * count + gram of all that was found, ascending.
+        """
+        tokens = [text.split() for text in texts]
+        sizes = np.array([max(1, len(found) - length + 1) for found in tokens], np.int64)
+        runs = [
+            " ".join(found[begin : begin + length])
+            for found, size in zip(tokens, sizes, strict=True)
+            for begin in range(size)
+        ]
+        grams = Words.of(runs).ngrams(length)
+        run, number = self.find(grams)
+        text = np.repeat(np.arange(len(texts)), sizes)[run]
+        wanted = row[text] * self.count + number
+        near = np.minimum(np.searchsorted(pairs, wanted), max(0, len(pairs) - 1))
+        found = np.flatnonzero(pairs[near] == wanted)
+        first = starts(sizes)[:-1]
+        first[text[found][::-1]] = run[found][::-1]  # the last one written, the first run, stays
+        return [runs[number][:EXCERPT] for number in first]
+
+
+def _joined(parts: list[Ngrams]) -> Ngrams:
+    sizes = np.concatenate([np.zeros(0, np.int64), *(part.sizes for part in parts)])
+    return Ngrams(starts(sizes), np.concatenate([np.zeros(0, np.uint64), *(part.grams for part in parts)]))
+
+
+def _common(row: Ints, gram: Ints, task: Ints, grams: int, shared_fraction: float) -> Ints:
+    """Numbers of the n-grams that more than shared_fraction of the training rows of some task have."""
+    rows = np.bincount(task)
+    keys, counts = np.unique(task[row] * max(1, grams) + gram, return_counts=True)
+    of_task = rows[keys // max(1, grams)]
+    return np.unique(keys[(counts > shared_fraction * of_task) & (of_task >= ENOUGH)] % max(1, grams))
