@@ -135,7 +135,7 @@ for _ in range(60):
         ([USER, ANSWER, RESULT, ANSWER], "tool_answer", "turn 3"),
         ([USER, CALLING, RESULT, RESULT, ANSWER], "tool_answer", "turn 4"),
         ([USER, calling(with_id("a")), {**RESULT, "tool_call_id": "b"}, ANSWER], "tool_answer", "'?.b.*waiting are"),
-        ([USER, calling(with_id("a"), with_id("b")), *[{**RESULT, "tool_call_id": "b"}] * 2, ANSWER], "tool_answer", "turn 4"),
+        ([USER, calling(with_id("a"), with_id("b")), *[{**RESULT, "tool_call_id": "b"}] * 2], "tool_answer", "turn 4"),
         ([USER, CALLING, {**RESULT, "tool_call_id": 7}, ANSWER], "tool_answer", "tool_call_id of turn 3 is 7"),
         ([{**USER, "tool_calls": [CALL]}, ANSWER], "tool_call", "only an assistant"),
         ([USER, calling({"arguments": {}})], "tool_call", "a name and arguments"),
