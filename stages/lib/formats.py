@@ -91,7 +91,7 @@ def detected(row: Row) -> Format:
     raise Unfit(
         "unknown_format",
         f"its keys are {_keys(row)}, expected those of a known format ({forms}). "
-        "Name your columns: data.columns={prompt: <column>, completion: <column>}",
+        "Name your columns: -S '+data.columns={prompt: <column>, completion: <column>}'",
     )
 
 
@@ -173,7 +173,7 @@ def _preference(row: Row, wording: Wording) -> dict[str, Any]:
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     else:
         prompt = _prompt(row, wording)
-    found = {"messages": [*_system(row), *prompt], "chosen": chosen, "rejected": rejected}
+    found = {"messages": _listed(_system(row), prompt), "chosen": chosen, "rejected": rejected}
     return {"kind": "preference", **found, "tools": row.get("tools")}
 
 
@@ -197,7 +197,7 @@ def _turns(format: Format, row: Row, wording: Wording) -> Any:
     asked, answer = (_field(row, key) for key in CONVERSATIONS[format])
     if isinstance(asked, list):  # prompt and completion may be turns, too
         _refuse_template(format, wording)
-        return [*_system(row), *asked, *_answers(answer)]
+        return _listed([*_system(row)], [*asked, *_answers(answer)])
     question = _user(_asked(format, row, wording))
     return [*_system(row), *_history(row), question, *_answers(answer)]
 
@@ -207,13 +207,13 @@ def _prompt(row: Row, wording: Wording) -> Any:
     keys = _filled(row)
     if isinstance(row.get("prompt"), list):
         _refuse_template(Format.preference, wording)
-        return [_turn(turn) for turn in row["prompt"]]
+        return row["prompt"]
     for format in (Format.prompt_completion, Format.sharegpt, Format.messages, Format.alpaca, Format.question_answer):
         if (key := CONVERSATIONS[format][0]) in keys:
             if format in ASKED:
                 return [*_history(row), _user(_asked(format, row, wording))]
             _refuse_template(format, wording)
-            return _listed([], row[key])
+            return row[key]
     raise Unfit("missing_field", f"no prompt beside chosen and rejected, its keys are {_keys(row)}")
 
 

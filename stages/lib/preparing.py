@@ -12,8 +12,6 @@ from stages.lib.rows import Rejection, Unfit, Unparsed
 from stages.lib.schema.data import Data, Source
 from stages.lib.sources import reading
 
-SYNTHETIC = "synthetic"  # what the field `source` of generated rows says; they keep it wherever they lie
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -73,6 +71,6 @@ def record(
     source, meta = block.source or block.name, {"where": where}
     if data.source is Source.python_docs:
         source, meta = block.source or row["source"], row["meta"]
-    elif row.get("source") == SYNTHETIC:
-        source = SYNTHETIC
+    elif row.get("source") == records.SYNTHETIC:
+        source = records.SYNTHETIC
     return records.make(**cleaned, split=draft.split, group=draft.group, source=source, task=draft.task, meta=meta)

@@ -51,6 +51,7 @@ TURNS = ("messages", "chosen", "rejected")
 ROWS_PER_GROUP = 10_000
 ROWS_PER_SHARD = 50_000  # a multiple of the rows in a group
 JSON_KEYS = ("tool_calls",)
+SYNTHETIC = "synthetic"  # the source of rows that a model wrote; they keep it wherever they lie
 CONTENT = ("messages", "tools", "text", "chosen", "rejected", "label")
 
 

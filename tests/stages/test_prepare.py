@@ -1,5 +1,7 @@
 """Prepare: every row in is a record out or a rejection with its reason; the counts add up."""
 
+import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -7,30 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from stages import prepare
-from stages.lib import files, records
+from stages.lib import engine, files, formats, preparing, records
 from stages.lib.errors import ConfigError, DataError
-from stages.lib.schema.data import Clean, Data, Format, Noise, Policy, Source, Unicode
+from stages.lib.schema.data import Source
+from stages.lib.schema.runtime import Engine, Runtime
+from stages.lib.sources import reading
 from tests.conftest import ROOT
+from tests.corpus import make
+from tests.data_settings import settings
 from tests.hub_stub import COMMIT, serving
+from tests.unit.test_formats import FORMS
 
 PAIR = {"prompt": "2+2?", "completion": "4"}
 
 
-def settings(**changes: Any) -> Data:
-    """conf/shared/data.yaml with what a test needs otherwise."""
-    shared = yaml.safe_load((ROOT / "conf/shared/data.yaml").read_text())
-    clean, noise = shared.pop("clean"), shared.pop("noise")
-    clean |= {"unicode": Unicode(clean["unicode"]), "refusals": Policy(clean["refusals"])}
-    clean["pii"] = {kind: Policy(policy) for kind, policy in clean["pii"].items()}
-    shared |= {"source": Source.local, "path": "my.jsonl", "format": Format.auto, "max_rejected_fraction": 0.99}
-    return Data(**shared | {"clean": Clean(**clean), "noise": Noise(**noise)} | changes)
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting processes takes longer than these rows."""
+    monkeypatch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "info", None))
 
 
 def run(**changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
-    prepare.main(prepare.Params(data=settings(**changes)))
+    prepare.main(prepare.Params(data=settings(**{"path": "my.jsonl", "max_rejected_fraction": 0.99} | changes)))
     rejected = [json.loads(line) for line in Path("data/prepared/rejected.jsonl").read_text().splitlines()]
     return files.read_rows(Path("data/prepared")), rejected, files.read_json(Path("metrics/prepare.json"))
 
@@ -62,12 +64,29 @@ def test_shards_hold_the_rows_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyP
     assert len(list(Path("data/prepared").glob("*.parquet"))) == 3
 
 
-def test_the_same_file_gives_the_same_bytes(in_tmp: Path) -> None:
-    write(PAIR, "{")
+def shards() -> dict[str, str]:
+    """The sha256 of every file of data/prepared."""
+    return {path.name: files.sha256(path) for path in Path("data/prepared").iterdir()}
+
+
+def test_the_same_rows_give_the_same_bytes_however_they_are_cut_and_spread(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = [{**PAIR, "completion": f"{number}", "task": "sums"} for number in range(200)]
+    rows[50], rows[90] = "{", {"prompt": "?", "completion": ""}
+    write(*rows)
     run()
-    before = {path.name: files.sha256(path) for path in Path("data/prepared").iterdir()}
-    run()
-    assert {path.name: files.sha256(path) for path in Path("data/prepared").iterdir()} == before
+    before = shards()
+    write(*(dict(reversed(row.items())) if isinstance(row, dict) else row for row in rows))
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
+    for workers in (1, 2):
+        engine.start(Runtime(None, workers, Engine.local, None, "info", None))
+        run()
+        assert {name: sha for name, sha in shards().items() if name != "rejected.jsonl"} == {
+            name: sha for name, sha in before.items() if name != "rejected.jsonl"
+        }
+    rejected = [json.loads(line) for line in Path("data/prepared/rejected.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in rejected] == ["my.jsonl:51", "my.jsonl:91"]
 
 
 def test_a_file_with_nothing_usable_is_an_error_with_the_first_reasons_and_keeps_what_was_there(in_tmp: Path) -> None:
@@ -80,6 +99,114 @@ def test_a_file_with_nothing_usable_is_an_error_with_the_first_reasons_and_keeps
         run()
     assert len(files.read_rows(Path("data/prepared"))) == 1
     assert not Path("data/prepared.partial").exists()
+
+
+def test_more_rejected_rows_than_allowed_end_the_stage_with_the_counts_and_the_rows_are_kept(in_tmp: Path) -> None:
+    write(
+        *[PAIR] * 7,
+        "{",
+        {"prompt": "?", "completion": [{"text": "ann@example.com"}]},
+        {"prompt": "?", "completion": ""},
+    )
+    message = (
+        r"my\.jsonl: 3 of 10 rows cannot be used \(1 bad_json, 1 empty_answer, 1 no_turn\), "
+        r"data\.max_rejected_fraction is 0\.2\.\n  my\.jsonl:8: bad_json[\s\S]*"
+        r"raise data\.max_rejected_fraction to 0\.3[\s\S]*runs/rejected\.jsonl"
+    )
+    with pytest.raises(DataError, match=message) as fault:
+        run(max_rejected_fraction=0.2)
+    assert "ann@example.com" not in str(fault.value)
+    assert len(Path("runs/rejected.jsonl").read_text().splitlines()) == 3
+    assert not Path("data/prepared").exists()
+    run(max_rejected_fraction=0.3)
+
+
+def test_several_sources_are_counted_and_judged_apart_and_records_bear_their_names(in_tmp: Path) -> None:
+    write(PAIR, {**PAIR, "completion": "four"})
+    Path("other.csv").write_text("text,category\nI add,sum\n,\n")
+    sources: dict[str, Any] = {
+        "chats": {"path": "my.jsonl"},
+        "classes": {"path": "other.csv", "columns": {"label": "category"}, "official": "test"},
+    }
+    rows, rejected, metrics = run(path=".", sources=sources, max_rejected_fraction=0.5)
+    assert [(row["source"], row["split"], row["task"]) for row in rows] == [
+        ("chats", None, "chat"),
+        ("chats", None, "chat"),
+        ("classes", "test", "classification"),
+    ]
+    assert [row["where"] for row in rejected] == ["classes/other.csv:3"]
+    assert (metrics["source/classes/in"], metrics["source/classes/out"], metrics["source/chats/in"]) == (2, 1, 2)
+    with pytest.raises(DataError, match=r"data\.sources\.classes \(other\.csv\): 1 of 2 rows"):
+        run(path=".", sources=sources, max_rejected_fraction=0.1)
+
+
+def test_generated_rows_keep_their_mark(in_tmp: Path) -> None:
+    write({**PAIR, "source": "synthetic"}, {**PAIR, "source": "web"})
+    rows, _, _ = run()
+    assert [row["source"] for row in rows] == ["synthetic", "my.jsonl"]
+
+
+FOREIGN = [
+    None,
+    4,
+    "4",
+    [],
+    {},
+    [4],
+    ["4"],
+    [{}],
+    {"role": "user"},
+    [{"role": "user", "content": "4"}],
+    "\udc00",
+    "\x00",
+    True,
+]
+
+
+def test_rows_in_are_rows_out_and_rejected_by_reason_whatever_a_field_holds(in_tmp: Path) -> None:
+    good = [row for _, row, _ in FORMS]
+    hostile = [{**row, key: value} for row in good for key in row for value in FOREIGN]
+    hostile += [{key: row[key] for key in row if key != left} for row in good for left in row]
+    write(*good, *hostile, "[]", "4", "null", "{", "", '{"prompt": NaN}')
+    rows, rejected, metrics = run()
+    assert metrics["rows/in"] == len(good) + len(hostile) + 5 == len(rows) + len(rejected)
+    assert metrics["rows/rejected"] == sum(n for key, n in metrics.items() if key.startswith("rejected/"))
+    assert metrics["rows/out"] == sum(n for key, n in metrics.items() if key.startswith("rows/out/"))
+    assert metrics["rows/out"] == sum(n for key, n in metrics.items() if key.startswith("format/"))
+    assert {f"my.jsonl:{number}" for number in range(1, len(good) + 1)}.isdisjoint(row["where"] for row in rejected)
+
+
+def test_no_hostile_file_ends_in_anything_but_records_rejections_and_one_message() -> None:
+    data = settings()
+    work = functools.partial(preparing.prepared, data={"": data}, templates=formats.templates(data))
+    for path in sorted(make.FOLDER.iterdir()):
+        with contextlib.suppress(DataError):  # what is refused, and how, is told by the tests of reading
+            for block in reading.file_blocks(path, path.name):
+                outcome = work(block)
+                total = outcome.table.num_rows + len(outcome.rejected)
+                assert total == outcome.counts["rows/in"] == len(list(reading.parsed(block))), path.name
+
+
+LLAMAFACTORY = ROOT.parent / "shared/data/llamafactory_demo"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "reasons"),
+    [
+        ("alpaca_en_demo", "chat", 999, {}),
+        ("glaive_toolcall_en_demo", "chat", 300, {}),
+        ("dpo_en_demo", "preference", 300, {"rejected/too_long": 2}),
+        ("kto_en_demo", "unpaired", 300, {}),
+    ],
+)
+@pytest.mark.skipif(not LLAMAFACTORY.exists(), reason="needs the shared data beside the repository")
+def test_files_that_people_share_go_through_with_every_rejection_explained(
+    in_tmp: Path, name: str, kind: str, count: int, reasons: dict[str, int]
+) -> None:
+    rows, _, metrics = run(path=str(LLAMAFACTORY / f"{name}.json"), max_chars=16000, max_rejected_fraction=0.1)
+    assert {row["kind"] for row in rows} == {kind}
+    assert metrics["rows/in"] == count == len(rows) + sum(reasons.values())
+    assert {key: n for key, n in metrics.items() if key.startswith("rejected/")} == reasons
 
 
 def test_a_table_with_a_header_only_is_an_error(in_tmp: Path) -> None:
@@ -107,6 +234,12 @@ def test_a_data_set_of_the_hub_is_read_by_commit(in_tmp: Path, monkeypatch: pyte
         ({"columns": {"promt": "a"}}, r"data\.columns: found \['promt'\]"),
         ({"source": Source.python_docs}, r"data\.packages"),
         ({"max_chars": 0}, r"data\.max_chars"),
+        ({"sources": {"a/b": {}}}, r"data\.sources: found \['a/b'\]"),
+        ({"sources": {"a": "b.jsonl"}}, r"data\.sources: found \['a'\]"),
+        ({"sources": {"a": {"clean": {}}}}, r"data\.sources: found \['clean'\]"),
+        ({"sources": {"a": {"format": "chatty"}}}, r"data\.sources\.a: .*chatty"),
+        ({"sources": {"a": {"max_chars": "many"}}}, r"data\.sources\.a: .*many"),
+        ({"sources": {"a": {"official": "training"}}}, r"data\.official: found 'training'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_reading(changes: dict[str, Any], message: str) -> None:
@@ -124,7 +257,7 @@ def test_the_documentation_of_an_installed_package_gives_rows_of_both_tasks(in_t
 
 
 def test_run_as_a_stage_a_bad_file_ends_with_one_message_and_no_traceback(repo: Path) -> None:
-    (repo / "my.jsonl").write_text("{\n")
+    (repo / "my.jsonl").write_text("{}\n")
     command = [sys.executable, "-m", "stages.prepare", "data.source=local", "data.path=my.jsonl"]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -6,7 +6,10 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any
 
-from stages.lib.errors import check_values
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.lib.errors import ConfigError, check_values
 from stages.lib.schema.split import SPLITS
 
 FIELDS = (  # what a row may carry, by the names `data.columns` gives to the user's columns
@@ -141,7 +144,14 @@ class Data:
         is_hub, is_url = self.source is Source.hub, self.source is Source.url
         unknown = sorted(set(self.columns) - set(FIELDS))
         keys = {field.name for field in fields(self)} - {"sources", "fraction", "noise", "clean"}
-        strange = sorted({str(key) for entry in self.sources.values() for key in dict(entry)} - keys)
+        badly_named = [
+            name
+            for name, entry in self.sources.items()
+            if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(entry, dict)
+        ]
+        strange = sorted(
+            {str(key) for entry in self.sources.values() if isinstance(entry, dict) for key in entry} - keys
+        )
         check_values(
             ("data.max_chars", self.max_chars, self.max_chars > 0, "a positive number of characters"),
             ("data.fraction", self.fraction, 0 < self.fraction <= 1, "above 0, at most 1"),
@@ -153,6 +163,7 @@ class Data:
                 "between 0 and 1",
             ),
             ("data.columns", unknown, not unknown, f"names among {', '.join(FIELDS)}, each with a column of your file"),
+            ("data.sources", badly_named, not badly_named, "{name: {key: value}} with names of letters, digits, _ . -"),
             ("data.sources", strange, not strange, f"keys among {', '.join(sorted(keys))}"),
             ("data.official", self.official, self.official in (None, *SPLITS), f"null or one of {', '.join(SPLITS)}"),
             (
@@ -189,6 +200,7 @@ class Data:
                 "at least one installed package when data.source=python_docs",
             ),
         )
+        self.each()
 
     def pinned(self) -> tuple[str, str]:
         """(id, commit) of a data set on the hub; without them it has been refused above."""
@@ -200,7 +212,7 @@ class Data:
         """Every source by name, each as a section of its own: the keys of its entry over those of this section."""
         if not self.sources:
             return {"": self}
-        return {name: replace(self, sources={}, **_typed(entry)) for name, entry in sorted(self.sources.items())}
+        return {name: replace(self, sources={}, **_typed(name, entry)) for name, entry in sorted(self.sources.items())}
 
 
 def is_template(name: str) -> bool:
@@ -209,7 +221,11 @@ def is_template(name: str) -> bool:
     return path.is_relative_to("conf/prompt") and ".." not in path.parts and path.suffix == ".jinja"
 
 
-def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+def _typed(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """The values of one entry of `data.sources` in the types of the section's keys."""
-    kinds: dict[str, Any] = {"source": Source, "format": Format}
-    return {key: kinds.get(key, lambda value: value)(value) for key, value in entry.items()}
+    try:
+        found: Any = OmegaConf.merge(OmegaConf.structured(Data), entry)
+        values = {key: found[key] for key in entry}
+    except OmegaConfBaseException as fault:
+        raise ConfigError(f"data.sources.{name}: {str(fault).strip().splitlines()[0]}") from None
+    return {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in values.items()}
