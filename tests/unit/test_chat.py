@@ -313,6 +313,22 @@ def test_the_projects_own_template_writes_tools_calls_and_results(own: Any) -> N
     assert (turns, tools) == before
 
 
+def test_a_model_with_a_template_for_tools_has_rows_with_tools_written_by_that(own: Any) -> None:
+    own.chat_template = {"default": own.chat_template, "tool_use": OWN}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [record(TWO_TURNS, tools=tools), record(TWO_TURNS), record(TWO_TURNS, tools=tools)]
+    found = chat.encode_all(own, rows, settings())
+    written = [own.decode(each.input_ids) for each in found if isinstance(each, chat.Encoded)]
+    assert ["<tools>" in text for text in written] == [True, False, True]
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here(own: Any) -> None:
+    expected = chat.encode(own, TWO_TURNS)
+    own.backend_tokenizer.enable_truncation(8)
+    own.backend_tokenizer.enable_padding(length=200)
+    assert same(chat.encode(own, TWO_TURNS), expected)
+
+
 def test_a_reason_survives_the_way_between_processes() -> None:
     fault = pickle.loads(pickle.dumps(chat.UnusableConversation("boundary", "a token")))
     assert (fault.reason, str(fault)) == ("boundary", "a token")
