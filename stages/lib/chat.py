@@ -192,11 +192,11 @@ def encode_all(
     drafts = [_attempt(_drafted, writers[bool(row["tools"])], row, settings) for row in rows]
     if writers[0] is writers[1]:
         return _finished(writers[0], drafts)
-    parts = [
-        iter(_finished(writer, [draft for row, draft in zip(rows, drafts, strict=True) if bool(row["tools"]) is which]))
-        for which, writer in enumerate(writers)
-    ]
-    return [next(parts[bool(row["tools"])]) for row in rows]
+    found: dict[int, Encoded | UnusableConversation] = {}
+    for has_tools, writer in zip((False, True), writers, strict=True):
+        places = [k for k, row in enumerate(rows) if bool(row["tools"]) is has_tools]
+        found.update(zip(places, _finished(writer, [drafts[k] for k in places]), strict=True))
+    return [found[k] for k in range(len(rows))]
 
 
 def encode_pair(
