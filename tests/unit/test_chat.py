@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, processors
 
-from stages.lib import chat, records
+from stages.lib import chat, files, records
 from stages.lib.errors import ModelError
 from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
+from tests.conftest import throwaway_tokenizer
 
 OWN = (Path(__file__).parents[2] / "conf/prompt/chatml.jinja").read_text()
 
@@ -22,14 +23,24 @@ TWO_TURNS = [USER, ANSWER, {"role": "user", "content": "add 4 5"}, {"role": "ass
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> Any:
-    return chat.load_tokenizer(tiny_model_dir)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without weights."""
+    place = tmp_path_factory.mktemp("model")
+    made = throwaway_tokenizer()
+    made.save_pretrained(place)
+    files.write_json(place / "generation_config.json", {"eos_token_id": made.eos_token_id})
+    return place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return chat.load_tokenizer(folder)
 
 
 @pytest.fixture
-def own(tiny_model_dir: Path) -> Any:
+def own(folder: Path) -> Any:
     """A tokenizer of the test's own, to change."""
-    return chat.load_tokenizer(tiny_model_dir)
+    return chat.load_tokenizer(folder)
 
 
 def settings(labels: str = "assistant_only", control_tokens: str = "text") -> Pack:
@@ -62,8 +73,8 @@ def test_the_end_of_a_prompt_is_not_trained_although_it_has_the_same_id(tokenize
     assert encoded.labels.tolist().count(end) == 2
 
 
-def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     own_turn = (
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nnothing at all<|im_end|>\n' }}{% endif %}"
     )
@@ -101,16 +112,16 @@ def test_a_control_token_in_the_content_is_unusable_where_such_rows_are_dropped(
     assert fault.value.reason == "control_token"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_template_that_rewrites_earlier_turns_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     with pytest.raises(chat.UnusableConversation, match="writes earlier turns differently") as fault:
         chat.encode(tokenizer, TWO_TURNS)
     assert fault.value.reason == "template"
 
 
-def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_conversation_that_the_template_refuses_is_unusable(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
     with pytest.raises(chat.UnusableConversation, match="refuses it: no system role") as fault:
@@ -119,29 +130,29 @@ def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Pa
     assert chat.encode(tokenizer, TWO_TURNS)
 
 
-def test_a_template_that_ends_no_turn_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_template_that_ends_no_turn_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
     with pytest.raises(chat.UnusableConversation, match="without a special token"):
         chat.encode(tokenizer, TWO_TURNS)
 
 
-def test_a_token_across_the_border_of_prompt_and_answer_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_token_across_the_border_of_prompt_and_answer_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.add_tokens(["\n\n"])
     with pytest.raises(chat.UnusableConversation, match="reaches across the border") as fault:
         chat.encode(tokenizer, [USER, {"role": "assistant", "content": "\n3"}])
     assert fault.value.reason == "boundary"
 
 
-def test_answers_stop_at_the_end_of_turn_and_where_the_model_says_so(tokenizer: Any, tiny_model_dir: Path) -> None:
-    assert chat.stop_ids(tokenizer, tiny_model_dir) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+def test_answers_stop_at_the_end_of_turn_and_where_the_model_says_so(tokenizer: Any, folder: Path) -> None:
+    assert chat.stop_ids(tokenizer, folder) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_folder_without_tokenizer_or_template_says_which_key_to_change(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_folder_without_tokenizer_or_template_says_which_key_to_change(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json: not found.*base_model\.id"):
         chat.load_tokenizer(tmp_path)
-    bare = chat.load_tokenizer(tiny_model_dir)
+    bare = chat.load_tokenizer(folder)
     bare.chat_template = None
     bare.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"no chat template.*prompt\.template"):
