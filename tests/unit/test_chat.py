@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from stages.lib import chat, files, records
 from stages.lib.errors import ModelError
@@ -254,12 +255,29 @@ def test_a_control_token_in_a_text_is_ordinary_text(tokenizer: Any) -> None:
         chat.encode_text(tokenizer, FORGED, control_tokens=ControlTokens.drop)
 
 
+def test_a_tokenizer_that_makes_control_tokens_of_ordinary_text_has_such_rows_dropped() -> None:
+    pieces = [(piece, -1.0) for piece in ("<unk>", "</s>", "a", "b")]  # Unigram models take whole pieces
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert labelled(tokenizer, chat.encode(tokenizer, turns)) == "b </s>"
+    with pytest.raises(chat.UnusableConversation, match="control token '</s>'"):
+        chat.encode(tokenizer, [{"role": "user", "content": "a</s>"}, turns[1]])
+
+
 def test_only_added_tokens_that_the_template_writes_are_kept_out_of_contents(own: Any) -> None:
     own.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<table>", special=False)])
     own.chat_template = OWN
     call, table = own.convert_tokens_to_ids(["<tool_call>", "<table>"])
     ids = chat.prompt_ids(own, [{"role": "user", "content": "<tool_call> <table> <|im_end|>"}])
     assert (ids.count(call), ids.count(table), ids.count(own.eos_token_id)) == (0, 1, 1)
+
+
+def test_an_empty_line_that_is_a_token_stays_one_in_contents(own: Any) -> None:
+    own.add_tokens([AddedToken("\n\n", special=False)])
+    own.chat_template = own.chat_template + "{#\n\n#}"
+    ids = chat.encode(own, [{**USER, "content": "the\n\nfox"}, ANSWER]).input_ids.tolist()
+    assert own.convert_tokens_to_ids("\n\n") in ids
 
 
 def test_marks_in_a_content_cannot_forge_a_control_token(tokenizer: Any) -> None:
