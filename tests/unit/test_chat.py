@@ -180,9 +180,9 @@ def test_what_is_trained_is_what_pack_labels_names_and_never_the_first_token(
 
 @pytest.mark.parametrize("labels", list(Labels))
 def test_every_token_has_a_role(tokenizer: Any, labels: Labels) -> None:
-    system = {"role": "system", "content": "user"}  # a word that the template writes, too
+    system = {"role": "system", "content": "system"}  # a word that the template writes, too
     encoded = chat.encode(tokenizer, [system, *TWO_TURNS], labels=labels)
-    assert of_role(tokenizer, encoded, "system") == "user"
+    assert of_role(tokenizer, encoded, "system") == "system"
     assert of_role(tokenizer, encoded, "user") == "add 1 2add 4 5"
     assert of_role(tokenizer, encoded, "assistant").replace("<|im_end|>", "") == "3the quick 9"
 
@@ -308,6 +308,13 @@ def test_the_end_of_turn_is_trained_although_the_template_marks_only_the_words(o
     assert own.chat_template != OWN
     assert labelled(own, chat.encode(own, TWO_TURNS)) == "3<|im_end|>the quick 9<|im_end|>"
     assert labelled(own, chat.encode(own, TWO_TURNS, labels=Labels.last_turn)) == "the quick 9<|im_end|>"
+
+
+def test_what_a_template_writes_behind_the_last_turn_is_not_trained(own: Any) -> None:
+    own.chat_template += "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    encoded = chat.encode(own, [USER, ANSWER])
+    assert own.decode(encoded.input_ids).endswith("3<|im_end|>\n<|endoftext|>")
+    assert labelled(own, encoded) == "3<|im_end|>"
 
 
 def test_a_template_that_rewrites_earlier_turns_serves_where_only_the_last_is_trained(own: Any) -> None:
