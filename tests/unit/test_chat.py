@@ -183,6 +183,7 @@ def test_every_token_has_a_role(tokenizer: Any, labels: Labels) -> None:
     system = {"role": "system", "content": "system"}  # a word that the template writes, too
     encoded = chat.encode(tokenizer, [system, *TWO_TURNS], labels=labels)
     assert of_role(tokenizer, encoded, "system") == "system"
+    assert of_role(tokenizer, encoded, "template").startswith("<|im_start|>system\n<|im_end|>\n")
     assert of_role(tokenizer, encoded, "user") == "add 1 2add 4 5"
     assert of_role(tokenizer, encoded, "assistant").replace("<|im_end|>", "") == "3the quick 9"
 
