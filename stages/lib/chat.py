@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -192,11 +192,11 @@ def encode_all(
     drafts = [_attempt(_drafted, writers[bool(row["tools"])], row, settings) for row in rows]
     if writers[0] is writers[1]:
         return _finished(writers[0], drafts)
-    parts = [
-        iter(_finished(writer, [draft for row, draft in zip(rows, drafts, strict=True) if bool(row["tools"]) is which]))
-        for which, writer in enumerate(writers)
-    ]
-    return [next(parts[bool(row["tools"])]) for row in rows]
+    found: dict[int, Encoded | UnusableConversation] = {}
+    for has_tools, writer in zip((False, True), writers, strict=True):
+        places = [k for k, row in enumerate(rows) if bool(row["tools"]) is has_tools]
+        found.update(zip(places, _finished(writer, [drafts[k] for k in places]), strict=True))
+    return [found[k] for k in range(len(rows))]
 
 
 def encode_pair(
@@ -232,11 +232,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, model_folder: Path) -> list[int
     return sorted(found | set(configured if isinstance(configured, list) else [configured]))
 
 
-def writes_tools(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the chat template tells the model which tools there are."""
-    return _writer(tokenizer, [{}]).writes_tools
-
-
 @dataclass(frozen=True)
 class _Draft:
     """A row before its tokens are known; all places count characters of `text`.
@@ -253,9 +248,10 @@ class _Draft:
 
 
 _Tried = _Draft | UnusableConversation
+Made = TypeVar("Made")
 
 
-def _attempt(make: Callable[..., _Draft], *arguments: Any) -> _Tried:
+def _attempt(make: Callable[..., Made], *arguments: Any) -> Made | UnusableConversation:
     try:
         return make(*arguments)
     except UnusableConversation as fault:
@@ -357,16 +353,11 @@ def _finished(writer: "_Writer", drafts: Sequence[_Tried]) -> list[Encoded | Unu
     """Tokenize all drafts at once, and find their places among the tokens."""
     usable = [draft for draft in drafts if isinstance(draft, _Draft)]
     quick = iter(writer.ids([draft.text for draft in usable if not draft.is_escaped]))
-    rows: list[list[int] | UnusableConversation] = []
-    for draft in usable:
-        ids: list[int] | UnusableConversation
-        try:
-            ids = writer.plain.ids(draft.text) if draft.is_escaped else next(quick)
-        except UnusableConversation as fault:
-            ids = fault
-        if draft.is_text and isinstance(ids, list):
-            ids = [*writer.begins, *ids, writer.eos]
-        rows.append(ids)
+    rows = [_attempt(writer.plain.ids, draft.text) if draft.is_escaped else next(quick) for draft in usable]
+    rows = [
+        [*writer.begins, *ids, writer.eos] if draft.is_text and isinstance(ids, list) else ids
+        for draft, ids in zip(usable, rows, strict=True)
+    ]
     bounds = [0, *itertools.accumulate(len(ids) if isinstance(ids, list) else 0 for ids in rows)]
     flat = np.fromiter(
         itertools.chain.from_iterable(ids for ids in rows if isinstance(ids, list)), np.int32, count=bounds[-1]
@@ -378,7 +369,8 @@ def _finished(writer: "_Writer", drafts: Sequence[_Tried]) -> list[Encoded | Unu
     found: Iterator[Encoded | UnusableConversation] = (
         ids
         if isinstance(ids, UnusableConversation)
-        else _placed(
+        else _attempt(
+            _placed,
             writer,
             draft,
             ids,
@@ -390,9 +382,7 @@ def _finished(writer: "_Writer", drafts: Sequence[_Tried]) -> list[Encoded | Unu
     return [next(found) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
-def _placed(
-    writer: "_Writer", draft: _Draft, ids: list[int], added: list[int], row: Encoded
-) -> Encoded | UnusableConversation:
+def _placed(writer: "_Writer", draft: _Draft, ids: list[int], added: list[int], row: Encoded) -> Encoded:
     """Fill the labels and roles of a row. added: positions of its added tokens."""
     if draft.is_text:
         row.roles[:] = ROLES.index("text")
@@ -403,10 +393,10 @@ def _placed(
         for begin, end in draft.answers:
             first = places.exact(begin)
             if first is None:
-                return _boundary()
+                raise _boundary()
             last = places.end_of_turn(first, end)
             if last is None:
-                return UnusableConversation(
+                raise UnusableConversation(
                     "template", f"the chat template of {writer.name} ends an assistant turn without a special token"
                 )
             row.labels[first : last + 1] = row.input_ids[first : last + 1]
@@ -573,9 +563,8 @@ class _Writer:
     def _turn(self, turn: Message) -> Message:
         found = {key: value for key, value in turn.items() if value is not None}
         if self.parts_reasoning and found["role"] == "assistant" and THOUGHT in _content(found):
-            thought, _, answer = found["content"].rpartition(
-                THOUGHT
-            )  # as Qwen 3 does itself, which marks would disturb
+            # As Qwen 3's template does itself: its strip() would not see through the marks around control tokens.
+            thought, _, answer = found["content"].rpartition(THOUGHT)
             found["content"] = answer.lstrip("\n")
             found["reasoning_content"] = thought.partition(THOUGHT)[0].rstrip("\n").split(THINK)[-1].lstrip("\n")
         if "reasoning_content" in found:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
-from stages.lib import chat, records
+from stages.lib import chat, files, records
 from stages.lib.errors import ModelError
 from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
+from tests.conftest import throwaway_tokenizer
 
 OWN = (Path(__file__).parents[2] / "conf/prompt/chatml.jinja").read_text()
 
@@ -22,14 +24,24 @@ TWO_TURNS = [USER, ANSWER, {"role": "user", "content": "add 4 5"}, {"role": "ass
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir: Path) -> Any:
-    return chat.load_tokenizer(tiny_model_dir)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without weights."""
+    place = tmp_path_factory.mktemp("model")
+    made = throwaway_tokenizer()
+    made.save_pretrained(place)
+    files.write_json(place / "generation_config.json", {"eos_token_id": made.eos_token_id})
+    return place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return chat.load_tokenizer(folder)
 
 
 @pytest.fixture
-def own(tiny_model_dir: Path) -> Any:
+def own(folder: Path) -> Any:
     """A tokenizer of the test's own, to change."""
-    return chat.load_tokenizer(tiny_model_dir)
+    return chat.load_tokenizer(folder)
 
 
 def settings(labels: str = "assistant_only", control_tokens: str = "text") -> Pack:
@@ -62,8 +74,8 @@ def test_the_end_of_a_prompt_is_not_trained_although_it_has_the_same_id(tokenize
     assert encoded.labels.tolist().count(end) == 2
 
 
-def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_ids_are_those_of_the_rendered_text_with_the_templates_own_system_turn(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     own_turn = (
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nnothing at all<|im_end|>\n' }}{% endif %}"
     )
@@ -101,16 +113,16 @@ def test_a_control_token_in_the_content_is_unusable_where_such_rows_are_dropped(
     assert fault.value.reason == "control_token"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_template_that_rewrites_earlier_turns_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     with pytest.raises(chat.UnusableConversation, match="writes earlier turns differently") as fault:
         chat.encode(tokenizer, TWO_TURNS)
     assert fault.value.reason == "template"
 
 
-def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_conversation_that_the_template_refuses_is_unusable(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
     with pytest.raises(chat.UnusableConversation, match="refuses it: no system role") as fault:
@@ -119,29 +131,29 @@ def test_a_conversation_that_the_template_refuses_is_unusable(tiny_model_dir: Pa
     assert chat.encode(tokenizer, TWO_TURNS)
 
 
-def test_a_template_that_ends_no_turn_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_template_that_ends_no_turn_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
     with pytest.raises(chat.UnusableConversation, match="without a special token"):
         chat.encode(tokenizer, TWO_TURNS)
 
 
-def test_a_token_across_the_border_of_prompt_and_answer_is_noticed(tiny_model_dir: Path) -> None:
-    tokenizer = chat.load_tokenizer(tiny_model_dir)
+def test_a_token_across_the_border_of_prompt_and_answer_is_noticed(folder: Path) -> None:
+    tokenizer = chat.load_tokenizer(folder)
     tokenizer.add_tokens(["\n\n"])
     with pytest.raises(chat.UnusableConversation, match="reaches across the border") as fault:
         chat.encode(tokenizer, [USER, {"role": "assistant", "content": "\n3"}])
     assert fault.value.reason == "boundary"
 
 
-def test_answers_stop_at_the_end_of_turn_and_where_the_model_says_so(tokenizer: Any, tiny_model_dir: Path) -> None:
-    assert chat.stop_ids(tokenizer, tiny_model_dir) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+def test_answers_stop_at_the_end_of_turn_and_where_the_model_says_so(tokenizer: Any, folder: Path) -> None:
+    assert chat.stop_ids(tokenizer, folder) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_folder_without_tokenizer_or_template_says_which_key_to_change(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_folder_without_tokenizer_or_template_says_which_key_to_change(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json: not found.*base_model\.id"):
         chat.load_tokenizer(tmp_path)
-    bare = chat.load_tokenizer(tiny_model_dir)
+    bare = chat.load_tokenizer(folder)
     bare.chat_template = None
     bare.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"no chat template.*prompt\.template"):
@@ -168,9 +180,10 @@ def test_what_is_trained_is_what_pack_labels_names_and_never_the_first_token(
 
 @pytest.mark.parametrize("labels", list(Labels))
 def test_every_token_has_a_role(tokenizer: Any, labels: Labels) -> None:
-    system = {"role": "system", "content": "user"}  # a word that the template writes, too
+    system = {"role": "system", "content": "system"}  # a word that the template writes, too
     encoded = chat.encode(tokenizer, [system, *TWO_TURNS], labels=labels)
-    assert of_role(tokenizer, encoded, "system") == "user"
+    assert of_role(tokenizer, encoded, "system") == "system"
+    assert of_role(tokenizer, encoded, "template").startswith("<|im_start|>system\n<|im_end|>\n")
     assert of_role(tokenizer, encoded, "user") == "add 1 2add 4 5"
     assert of_role(tokenizer, encoded, "assistant").replace("<|im_end|>", "") == "3the quick 9"
 
@@ -243,12 +256,29 @@ def test_a_control_token_in_a_text_is_ordinary_text(tokenizer: Any) -> None:
         chat.encode_text(tokenizer, FORGED, control_tokens=ControlTokens.drop)
 
 
+def test_a_tokenizer_that_makes_control_tokens_of_ordinary_text_has_such_rows_dropped() -> None:
+    pieces = [(piece, -1.0) for piece in ("<unk>", "</s>", "a", "b")]  # Unigram models take whole pieces
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert labelled(tokenizer, chat.encode(tokenizer, turns)) == "b </s>"
+    with pytest.raises(chat.UnusableConversation, match="control token '</s>'"):
+        chat.encode(tokenizer, [{"role": "user", "content": "a</s>"}, turns[1]])
+
+
 def test_only_added_tokens_that_the_template_writes_are_kept_out_of_contents(own: Any) -> None:
     own.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<table>", special=False)])
     own.chat_template = OWN
     call, table = own.convert_tokens_to_ids(["<tool_call>", "<table>"])
     ids = chat.prompt_ids(own, [{"role": "user", "content": "<tool_call> <table> <|im_end|>"}])
     assert (ids.count(call), ids.count(table), ids.count(own.eos_token_id)) == (0, 1, 1)
+
+
+def test_an_empty_line_that_is_a_token_stays_one_in_contents(own: Any) -> None:
+    own.add_tokens([AddedToken("\n\n", special=False)])
+    own.chat_template = own.chat_template + "{#\n\n#}"
+    ids = chat.encode(own, [{**USER, "content": "the\n\nfox"}, ANSWER]).input_ids.tolist()
+    assert own.convert_tokens_to_ids("\n\n") in ids
 
 
 def test_marks_in_a_content_cannot_forge_a_control_token(tokenizer: Any) -> None:
@@ -281,6 +311,13 @@ def test_the_end_of_turn_is_trained_although_the_template_marks_only_the_words(o
     assert labelled(own, chat.encode(own, TWO_TURNS, labels=Labels.last_turn)) == "the quick 9<|im_end|>"
 
 
+def test_what_a_template_writes_behind_the_last_turn_is_not_trained(own: Any) -> None:
+    own.chat_template += "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    encoded = chat.encode(own, [USER, ANSWER])
+    assert own.decode(encoded.input_ids).endswith("3<|im_end|>\n<|endoftext|>")
+    assert labelled(own, encoded) == "3<|im_end|>"
+
+
 def test_a_template_that_rewrites_earlier_turns_serves_where_only_the_last_is_trained(own: Any) -> None:
     own.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
@@ -311,6 +348,22 @@ def test_the_projects_own_template_writes_tools_calls_and_results(own: Any) -> N
         encoded,
     )
     assert (turns, tools) == before
+
+
+def test_a_model_with_a_template_for_tools_has_rows_with_tools_written_by_that(own: Any) -> None:
+    own.chat_template = {"default": own.chat_template, "tool_use": OWN}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [record(TWO_TURNS, tools=tools), record(TWO_TURNS), record(TWO_TURNS, tools=tools)]
+    found = chat.encode_all(own, rows, settings())
+    written = [own.decode(each.input_ids) for each in found if isinstance(each, chat.Encoded)]
+    assert ["<tools>" in text for text in written] == [True, False, True]
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither_here(own: Any) -> None:
+    expected = chat.encode(own, TWO_TURNS)
+    own.backend_tokenizer.enable_truncation(8)
+    own.backend_tokenizer.enable_padding(length=200)
+    assert same(chat.encode(own, TWO_TURNS), expected)
 
 
 def test_a_reason_survives_the_way_between_processes() -> None:
