@@ -78,9 +78,9 @@ def hits(
 ) -> list[Hit]:
     """Every training row that has at least `min_overlap` of a held-out row's n-grams: the closest match of each place.
 
-    A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself.
-    N-grams that more than FEW rows of a place have do not count, nor do those of more than shared_fraction of a task's
-    training rows: they are templates.
+    A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself. What
+    has fewer than `ngram_words` n-grams must be there completely. N-grams that more than FEW rows of a place have do
+    not count, nor do those of more than shared_fraction of a task's training rows: they are templates.
 
     Args: train, held_out: records as dedup_split writes them; held_out with the name of their split.
     Returns: by id, then place. Raises: DataError, when there is no file at settings.benchmarks.
@@ -104,7 +104,7 @@ def hits(
     counts = ~np.isin(gram, shared)
     row, gram = row[counts], gram[counts]
     pairs = np.sort(row * index.count + gram)
-    row, held, share = index.matches(row, gram, shared, settings.min_overlap)
+    row, held, share = index.matches(row, gram, shared, settings)
     names = pa.concat_arrays(ids)
     listed = []
     for begin in range(0, len(row), PIECE):
@@ -259,7 +259,7 @@ class _Index:
         is_held = self.grams[np.minimum(number, max(0, self.count - 1))] == grams if self.count else grams != grams
         return np.searchsorted(found.offsets, likely[is_held], "right") - 1, number[is_held]
 
-    def matches(self, row: Ints, gram: Ints, shared: Ints, min_overlap: float) -> tuple[Ints, Ints, Shares]:
+    def matches(self, row: Ints, gram: Ints, shared: Ints, settings: Contamination) -> tuple[Ints, Ints, Shares]:
         """(training row, held-out text, share) of the closest match in each place, by training row and place.
 
         Args: row, gram: what was found and counts. shared: grams that do not.
@@ -273,10 +273,13 @@ class _Index:
         texts = max(1, len(size))
         pairs, which = np.unique(np.repeat(row, uses[gram]) * texts + self.users[places], return_inverse=True)
         row, text = pairs // texts, pairs % texts
-        whole = np.bincount(which, minlength=len(pairs)) / np.maximum(1, size[text])
-        question = np.bincount(which[self.is_asked[places]], minlength=len(pairs)) / np.maximum(1, asked[text])
-        share = np.maximum(whole, question)
-        found = np.flatnonzero(share >= min_overlap - 1e-9)
+        share, is_hit = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+        for grams, every in ((which, size[text]), (which[self.is_asked[places]], asked[text])):
+            part = np.bincount(grams, minlength=len(pairs)) / np.maximum(1, every)
+            share = np.maximum(share, part)
+            # what one word more or less would change so much is looked for whole
+            is_hit |= part >= np.where(every < settings.ngram_words, 1.0, settings.min_overlap) - 1e-9
+        found = np.flatnonzero(is_hit)
         row, text, share = row[found], text[found], share[found]
         order = np.lexsort((self._by_name(text), -share, self.place[text], row))
         row, text, share = row[order], text[order], share[order]

@@ -61,6 +61,12 @@ def test_the_share_is_of_the_held_out_row_not_of_the_training_row(settings: Cont
     assert {hit.id: round(hit.share, 3) for hit in hits} == {ids(train)[0]: 1.0, ids(train)[1]: 0.6}
 
 
+def test_what_has_few_ngrams_must_be_there_completely(settings: Contamination) -> None:
+    test = batch((numbered(6), "so"))  # 3 runs in the question
+    train = batch((numbered(6) + " and more", "a"), (numbered(5), "b"))
+    assert [hit.id for hit in contamination.hits([train], [("test", test)], settings, 0.9)] == ids(train)[:1]
+
+
 def test_an_answer_counts_with_its_question(settings: Contamination) -> None:
     test = batch(("why", numbered(20)))
     train = batch(("tell me", "so " + numbered(20)), ("why", "no " + numbered(5)))
