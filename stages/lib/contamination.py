@@ -6,10 +6,9 @@ The share of a held-out row's word n-grams that is found in one training row dec
     train      Tell me: WHO painted the ceiling of a ...    4 of them, share 0.67
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ Shares = npt.NDArray[np.float64]
 KEY = "dedup.contamination.benchmarks"
 FEW = 5  # rows of one place: wording that more of them have is a phrase or a template, and says nothing of any one row
 ENOUGH = 10  # rows of a task: with fewer, "most rows" says nothing
+RUN = 3  # words of the runs that tell a template
+SAMPLE = 1000  # held-out rows of a task that its template is seen in
 TABLE_BITS = 28  # of the table that answers most questions for an n-gram with no, 32 MiB
 PIECE = 1000  # hits whose wording is looked up at once
 EXCERPT = 300  # characters of the wording that is listed
@@ -56,6 +57,7 @@ class Texts:
 
     where: str
     id: pa.Array
+    task: pa.Array
     text: pa.Array
     question: pa.Array
     is_part: npt.NDArray[np.bool_]
@@ -79,14 +81,17 @@ def hits(
     """Every training row that has at least `min_overlap` of a held-out row's n-grams: the closest match of each place.
 
     A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself. What
-    has fewer than `ngram_words` n-grams must be there completely. N-grams that more than FEW rows of a place have do
-    not count, nor do those of more than shared_fraction of a task's training rows: they are templates.
+    has fewer than `ngram_words` n-grams must be there completely. Wording that more than shared_fraction of a task's
+    rows have is its template, and does not count as long as there is other; n-grams of more than FEW rows of a place
+    never do.
 
     Args: train, held_out: records as dedup_split writes them; held_out with the name of their split.
     Returns: by id, then place. Raises: DataError, when there is no file at settings.benchmarks.
     """
-    texts = chain((record_texts(*part) for part in held_out), benchmark_texts(Path(settings.benchmarks)))
-    index = _Index(list(ordered_map(partial(_held, settings.ngram_words), texts)))
+    texts = [*(record_texts(*part) for part in held_out), *benchmark_texts(Path(settings.benchmarks))]
+    templates = _templates(texts, shared_fraction)
+    index = _Index(list(ordered_map(partial(_held, settings.ngram_words, templates), texts)))
+    texts.clear()
     ids, tasks, rows, grams = [], [], [], []
     seen = 0
     for batch_ids, batch_tasks, found in ordered_map(partial(_train_ngrams, settings.ngram_words), train):
@@ -130,7 +135,7 @@ def record_texts(where: str, batch: pa.RecordBatch) -> Texts:
     nothing = pa.nulls(len(batch), lists.type)
     columns = {"messages": questions, "text": pa.nulls(len(batch), pa.string()), "chosen": nothing, "rejected": nothing}
     question = compared_texts(pa.RecordBatch.from_pydict(columns))
-    return Texts(where, batch["id"], compared_texts(batch), question, np.zeros(len(batch), bool))
+    return Texts(where, batch["id"], batch["task"], compared_texts(batch), question, np.zeros(len(batch), bool))
 
 
 def benchmark_texts(path: Path) -> Iterator[Texts]:
@@ -148,7 +153,7 @@ def benchmark_texts(path: Path) -> Iterator[Texts]:
             parts = [(where, text) for where, found in fields if len(found) > 1 for text in found]
             id, text = (pa.array(column, pa.string()) for column in zip(*whole, *parts, strict=True))
             is_part = np.arange(len(id)) >= len(whole)
-            yield Texts(name, id, text, pa.array([""] * len(id)), is_part)
+            yield Texts(name, id, pa.array([name] * len(id)), text, pa.array([""] * len(id)), is_part)
 
 
 def _rows(block: reading.Block) -> Iterator[tuple[str, Any]]:
@@ -176,24 +181,91 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def _held(length: int, texts: Texts) -> Held:
+def _held(length: int, templates: Mapping[str, Hashes], texts: Texts) -> Held:
+    """N-grams of held-out texts: where some are free of their task's template, these alone."""
     words = Words.of(texts.text)
     long = np.flatnonzero(~texts.is_part | (np.diff(words.offsets) >= length))  # a short field says nothing by itself
-    grams = words.ngrams(length).take(long)
-    chosen = pa.array(long)
-    texts = Texts(
-        texts.where, texts.id.take(chosen), texts.text.take(chosen), texts.question.take(chosen), texts.is_part[long]
-    )
-    asked = Words.of(texts.question)
-    questions = asked.ngrams(length)
+    texts = _taken(texts, long)
+    words, asked = Words.of(texts.text), Words.of(texts.question)
+    grams, questions = words.ngrams(length), asked.ngrams(length)
     is_long = np.repeat(np.diff(asked.offsets) >= length, questions.sizes)
-    return Held(texts, grams, np.isin(_of_row(grams), _of_row(questions)[is_long]))
+    is_asked = np.isin(_of_row(grams), _of_row(questions)[is_long])
+    is_own = np.isin(_of_row(grams), _own(words, texts.task, templates, length))
+    row = np.repeat(np.arange(len(grams)), grams.sizes)
+    has_own, has_own_asked = (
+        np.bincount(row[marked], minlength=len(grams)) > 0 for marked in (is_own, is_own & is_asked)
+    )
+    stays = is_own | ~has_own[row] | (is_asked & ~has_own_asked[row])
+    sizes = np.bincount(row[stays], minlength=len(grams))
+    texts = replace(texts, question=pa.nulls(len(grams), pa.string()))  # it has done its part
+    return Held(texts, Ngrams(starts(sizes), grams.grams[stays]), is_asked[stays])
 
 
-def _of_row(found: Ngrams) -> Hashes:
-    """Each n-gram, told apart from the same one of another row."""
-    row = np.repeat(np.arange(len(found), dtype=np.uint64), found.sizes)
-    return found.grams ^ mixed(row + np.uint64(1))
+def _taken(texts: Texts, rows: Ints) -> Texts:
+    columns = (texts.id, texts.task, texts.text, texts.question)
+    id, task, text, question = (column.take(pa.array(rows)) for column in columns)
+    return Texts(texts.where, id, task, text, question, texts.is_part[rows])
+
+
+def _templates(texts: Sequence[Texts], shared_fraction: float) -> dict[str, Hashes]:
+    """The short runs of words that more than shared_fraction of a task's held-out rows have, by a sample of them."""
+    if not texts:
+        return {}
+    id, task, text = (pa.chunked_array([getattr(part, name) for part in texts]) for name in ("id", "task", "text"))
+    is_part = np.concatenate([part.is_part for part in texts])
+    order = pc.sort_indices(id).to_numpy()  # ids are hashes: the first ones are a sample, whatever the order of rows
+    order = order[~is_part[order]]
+    code = task.combine_chunks().dictionary_encode()
+    found = {}
+    for number, name in enumerate(code.dictionary.to_pylist()):
+        chosen = order[code.indices.to_numpy()[order] == number][:SAMPLE]
+        if len(chosen) >= ENOUGH:
+            runs, row = _runs(Words.of(text.take(pa.array(chosen)).combine_chunks()))
+            pairs = np.unique(np.stack([runs, row.astype(np.uint64)]), axis=1)
+            distinct, counts = np.unique(pairs[0], return_counts=True)
+            found[name] = distinct[counts > shared_fraction * len(chosen)]
+    return found
+
+
+def _runs(words: Words) -> tuple[Hashes, Ints]:
+    """(hash of the run of RUN words, row) at each word that begins one; 0 where the row ends before."""
+    row = np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))
+    runs = np.zeros(len(row), np.uint64)
+    if len(row) >= RUN:
+        run = words.hashes[: 1 - RUN]
+        for number in range(1, RUN):
+            run = mixed(run) + words.hashes[number : len(row) + 1 - RUN + number]
+        runs[: len(run)] = np.where(row[: len(run)] == row[RUN - 1 :], run, 0)
+    return runs, row
+
+
+def _own(words: Words, task: pa.Array, templates: Mapping[str, Hashes], length: int) -> Hashes:
+    """The n-grams of each row, as `_of_row` gives them, that have no word of its task's template.
+
+    Name the class of this text . How do I unblock my PIN ?        template: the first six words
+    """
+    runs, row = _runs(words)
+    code = task.dictionary_encode()
+    of_task = code.indices.to_numpy()[row]
+    is_template = np.zeros(len(runs), bool)
+    for number, name in enumerate(code.dictionary.to_pylist()):
+        begins = np.flatnonzero((of_task == number) & np.isin(runs, templates.get(name, ())) & (runs != 0))
+        for step in range(RUN):
+            is_template[begins + step] = True
+    kept = np.flatnonzero(~is_template)
+    if not len(kept):
+        return np.zeros(0, np.uint64)
+    begins = np.flatnonzero(np.append(True, (np.diff(kept) > 1) | (np.diff(row[kept]) > 0)))
+    sizes = np.diff(np.append(begins, len(kept)))
+    long = sizes >= length
+    pieces = Words(starts(sizes[long]), words.hashes[kept[ranges(begins[long], sizes[long])]])
+    return _of_row(pieces.ngrams(length), row[kept[begins[long]]])
+
+
+def _of_row(found: Ngrams, rows: Ints | None = None) -> Hashes:
+    """Each n-gram, told apart from the same one of another row. rows: their numbers, else counted from 0."""
+    numbers = np.arange(len(found)) if rows is None else rows
+    return found.grams ^ mixed(np.repeat(numbers, found.sizes).astype(np.uint64) + np.uint64(1))
 
 
 def _train_ngrams(length: int, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array, Ngrams]:

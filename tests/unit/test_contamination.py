@@ -83,6 +83,13 @@ def test_wording_that_many_held_out_rows_or_most_training_rows_have_does_not_cou
     assert contamination.hits([train], [("test", test.slice(0, 5))], settings, 0.5) == []
 
 
+def test_a_template_neither_hides_a_copy_nor_makes_one(settings: Contamination) -> None:
+    frame = "name the class of this text"
+    test = batch(*((f"{frame} {numbered(4, first=10 * number)}", "yes") for number in range(12)))
+    train = batch((f"{frame} hello {numbered(4)} bye", "no"), (f"{frame} w0 w1 something else", "no"))
+    assert [hit.id for hit in contamination.hits([train], [("test", test)], settings, 0.5)] == ids(train)[:1]
+
+
 def test_rows_of_fewer_words_than_an_ngram_are_compared_as_a_whole(settings: Contamination) -> None:
     test = batch(("Hi!", "Hello"))
     train = batch(("hi", "hello!"), ("hi", "hello, what can I do for you"))
