@@ -33,6 +33,7 @@ ENOUGH = 10  # rows of a task: with fewer, "most rows" says nothing
 RUN = 3  # words of the runs that tell a template
 SAMPLE = 1000  # held-out rows of a task that its template is seen in
 TABLE_BITS = 28  # of the table that answers most questions for an n-gram with no, 32 MiB
+PIECE_GRAMS = 2**20  # entered into the table at once
 PIECE = 1000  # hits whose wording is looked up at once
 EXCERPT = 300  # characters of the wording that is listed
 
@@ -298,25 +299,29 @@ class _Index:
         is_new = np.ones(len(grams), bool)
         is_new[1:] = grams[1:] != grams[:-1]
         begin = np.flatnonzero(is_new)
-        uses = np.diff(np.append(begin, len(grams)))
+        uses = np.diff(begin, append=len(grams)).astype(np.int32)
         is_phrase = np.zeros(len(begin), bool)
         is_phrase[self._phrases(np.flatnonzero(uses > FEW), begin, uses, text)] = True
         counts_here = np.repeat(~is_phrase, uses)
-        self.grams = grams[begin[~is_phrase]]
+        del begin
+        self.grams = grams[is_new & counts_here]
+        del grams, is_new
         self.count = len(self.grams)
         self.users, self.is_asked = text[counts_here], is_asked[counts_here]
         self.used = starts(uses[~is_phrase])
         self.size = np.bincount(self.users, minlength=len(sizes))
         self.asked = np.bincount(self.users[self.is_asked], minlength=len(sizes))
         self.table = np.zeros(2 ** (TABLE_BITS - 3), np.uint8)
-        place = self.grams >> np.uint64(64 - TABLE_BITS)
-        np.bitwise_or.at(self.table, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+        for first in range(0, self.count, PIECE_GRAMS):
+            place = self.grams[first : first + PIECE_GRAMS] >> np.uint64(64 - TABLE_BITS)
+            np.bitwise_or.at(self.table, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
 
-    def _phrases(self, often: Ints, begin: Ints, uses: Ints, text: npt.NDArray[np.int32]) -> Ints:
+    def _phrases(self, often: Ints, begin: Ints, uses: npt.NDArray[np.int32], text: npt.NDArray[np.int32]) -> Ints:
         """Those of the n-grams `often` that more than FEW rows of one place have."""
         is_part = np.concatenate([np.zeros(0, bool), *(texts.is_part for texts in self.texts)])
-        users = text[ranges(begin[often], uses[often])]
-        gram = np.repeat(np.arange(len(often)), uses[often])[~is_part[users]]
+        sizes = uses[often].astype(np.int64)
+        users = text[ranges(begin[often], sizes)]
+        gram = np.repeat(np.arange(len(often)), sizes)[~is_part[users]]
         places = max(1, len(self.places))
         keys, counts = np.unique(gram * places + self.place[users[~is_part[users]]], return_counts=True)
         return often[keys[counts > FEW] // places]
