@@ -6,10 +6,9 @@ The share of a held-out row's word n-grams that is found in one training row dec
     train      Tell me: WHO painted the ceiling of a ...    4 of them, share 0.67
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from stages.lib.dedup import compared_texts
 from stages.lib.engine import ordered_map
 from stages.lib.errors import DataError
-from stages.lib.ngrams import Ints, Ngrams, Words, ranges, starts
+from stages.lib.ngrams import Hashes, Ints, Ngrams, Words, mixed, ranges, starts
 from stages.lib.rows import Unparsed
 from stages.lib.schema.dedup import Contamination
 from stages.lib.sources import places, reading
@@ -31,7 +30,10 @@ Shares = npt.NDArray[np.float64]
 KEY = "dedup.contamination.benchmarks"
 FEW = 5  # rows of one place: wording that more of them have is a phrase or a template, and says nothing of any one row
 ENOUGH = 10  # rows of a task: with fewer, "most rows" says nothing
+RUN = 3  # words of the runs that tell a template
+SAMPLE = 1000  # held-out rows of a task that its template is seen in
 TABLE_BITS = 28  # of the table that answers most questions for an n-gram with no, 32 MiB
+PIECE_GRAMS = 2**20  # entered into the table at once
 PIECE = 1000  # hits whose wording is looked up at once
 EXCERPT = 300  # characters of the wording that is listed
 
@@ -49,26 +51,26 @@ class Hit:
 
 @dataclass(frozen=True)
 class Texts:
-    """Held-out rows of one place, and what training must not contain of each: all of it, or one of its parts.
+    """Held-out texts of one place: whole records or whole rows of a benchmark, and the fields of these, marked is_part.
 
-    parts: (row, text) of its question, or of each field of a benchmark's row.
+    question: the part of a record's text before its answer; else "".
     """
 
     where: str
-    ids: pa.Array
-    whole: pa.Array
-    part_of: Ints
-    parts: pa.Array
+    id: pa.Array
+    task: pa.Array
+    text: pa.Array
+    question: pa.Array
+    is_part: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Units:
-    """The n-grams of held-out texts: of whole rows first, then of their parts."""
+class Held:
+    """Held-out texts and their n-grams, those of the question marked."""
 
     texts: Texts
-    whole: Ngrams
-    part_of: Ints  # row of each part that is long enough to have n-grams of its own
-    parts: Ngrams
+    grams: Ngrams
+    is_asked: npt.NDArray[np.bool_]  # of each n-gram
 
 
 def hits(
@@ -79,15 +81,18 @@ def hits(
 ) -> list[Hit]:
     """Every training row that has at least `min_overlap` of a held-out row's n-grams: the closest match of each place.
 
-    A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself.
-    N-grams that more than FEW rows of a place have do not count, nor do those of more than shared_fraction of a task's
-    training rows: they are templates.
+    A held-out row is looked for as a whole and by its question alone, each field of a benchmark's row by itself. What
+    has fewer than `ngram_words` n-grams must be there completely. Wording that more than shared_fraction of a task's
+    rows have is its template, and does not count as long as there is other; n-grams of more than FEW rows of a place
+    never do.
 
     Args: train, held_out: records as dedup_split writes them; held_out with the name of their split.
     Returns: by id, then place. Raises: DataError, when there is no file at settings.benchmarks.
     """
-    texts = chain((record_texts(*part) for part in held_out), benchmark_texts(Path(settings.benchmarks)))
-    index = _Index(list(ordered_map(partial(_units, settings.ngram_words), texts)))
+    texts = [*(record_texts(*part) for part in held_out), *benchmark_texts(Path(settings.benchmarks))]
+    templates = _templates(texts, shared_fraction)
+    index = _Index(list(ordered_map(partial(_held, settings.ngram_words, templates), texts)))
+    texts.clear()
     ids, tasks, rows, grams = [], [], [], []
     seen = 0
     for batch_ids, batch_tasks, found in ordered_map(partial(_train_ngrams, settings.ngram_words), train):
@@ -105,7 +110,7 @@ def hits(
     counts = ~np.isin(gram, shared)
     row, gram = row[counts], gram[counts]
     pairs = np.sort(row * index.count + gram)
-    row, held, share = index.matches(row, gram, shared, settings.min_overlap)
+    row, held, share = index.matches(row, gram, shared, settings)
     names = pa.concat_arrays(ids)
     listed = []
     for begin in range(0, len(row), PIECE):
@@ -121,18 +126,17 @@ def hits(
 
 
 def record_texts(where: str, batch: pa.RecordBatch) -> Texts:
-    """Records as held-out texts: the whole conversation, and without its answer, where an answer follows something."""
+    """Records as held-out texts, with their questions: all turns before the answer."""
     lists = batch["messages"]
     sizes = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    begin = starts(sizes)
     ends_with_answer = pc.not_equal(batch["kind"], "preference").to_numpy(zero_copy_only=False)
     asked = np.maximum(sizes - ends_with_answer, 0)
-    turns = lists.flatten().take(pa.array(ranges(begin[:-1], asked)))
+    turns = lists.flatten().take(pa.array(ranges(starts(sizes)[:-1], asked)))
     questions = pa.ListArray.from_arrays(pa.array(starts(asked), pa.int32()), turns)
     nothing = pa.nulls(len(batch), lists.type)
     columns = {"messages": questions, "text": pa.nulls(len(batch), pa.string()), "chosen": nothing, "rejected": nothing}
-    parts = compared_texts(pa.RecordBatch.from_pydict(columns))
-    return Texts(where, batch["id"], compared_texts(batch), np.arange(len(batch)), parts)
+    question = compared_texts(pa.RecordBatch.from_pydict(columns))
+    return Texts(where, batch["id"], batch["task"], compared_texts(batch), question, np.zeros(len(batch), bool))
 
 
 def benchmark_texts(path: Path) -> Iterator[Texts]:
@@ -145,14 +149,12 @@ def benchmark_texts(path: Path) -> Iterator[Texts]:
     for file, name in places.files(str(path), key=KEY):
         for block in reading.file_blocks(file, name, key=KEY):
             rows = list(_rows(block))
-            fields = [list(_strings(row)) for _, row in rows]
-            yield Texts(
-                name,
-                pa.array([where for where, _ in rows], pa.string()),
-                pa.array(["\n".join(found) for found in fields], pa.string()),
-                np.repeat(np.arange(len(rows)), [len(found) for found in fields]),
-                pa.array([text for found in fields for text in found], pa.string()),
-            )
+            fields = [(where, list(_strings(row))) for where, row in rows]
+            whole = [(where, "\n".join(found)) for where, found in fields]
+            parts = [(where, text) for where, found in fields if len(found) > 1 for text in found]
+            id, text = (pa.array(column, pa.string()) for column in zip(*whole, *parts, strict=True))
+            is_part = np.arange(len(id)) >= len(whole)
+            yield Texts(name, id, pa.array([name] * len(id)), text, pa.array([""] * len(id)), is_part)
 
 
 def _rows(block: reading.Block) -> Iterator[tuple[str, Any]]:
@@ -180,10 +182,91 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(entry)
 
 
-def _units(length: int, texts: Texts) -> Units:
-    words = Words.of(texts.parts)
-    long = np.flatnonzero(np.diff(words.offsets) >= length)
-    return Units(texts, Words.of(texts.whole).ngrams(length), texts.part_of[long], words.ngrams(length).take(long))
+def _held(length: int, templates: Mapping[str, Hashes], texts: Texts) -> Held:
+    """N-grams of held-out texts: where some are free of their task's template, these alone."""
+    words = Words.of(texts.text)
+    long = np.flatnonzero(~texts.is_part | (np.diff(words.offsets) >= length))  # a short field says nothing by itself
+    texts = _taken(texts, long)
+    words, asked = Words.of(texts.text), Words.of(texts.question)
+    grams, questions = words.ngrams(length), asked.ngrams(length)
+    is_long = np.repeat(np.diff(asked.offsets) >= length, questions.sizes)
+    is_asked = np.isin(_of_row(grams), _of_row(questions)[is_long])
+    is_own = np.isin(_of_row(grams), _own(words, texts.task, templates, length))
+    row = np.repeat(np.arange(len(grams)), grams.sizes)
+    has_own, has_own_asked = (
+        np.bincount(row[marked], minlength=len(grams)) > 0 for marked in (is_own, is_own & is_asked)
+    )
+    stays = is_own | ~has_own[row] | (is_asked & ~has_own_asked[row])
+    sizes = np.bincount(row[stays], minlength=len(grams))
+    texts = replace(texts, question=pa.nulls(len(grams), pa.string()))  # it has done its part
+    return Held(texts, Ngrams(starts(sizes), grams.grams[stays]), is_asked[stays])
+
+
+def _taken(texts: Texts, rows: Ints) -> Texts:
+    columns = (texts.id, texts.task, texts.text, texts.question)
+    id, task, text, question = (column.take(pa.array(rows)) for column in columns)
+    return Texts(texts.where, id, task, text, question, texts.is_part[rows])
+
+
+def _templates(texts: Sequence[Texts], shared_fraction: float) -> dict[str, Hashes]:
+    """The short runs of words that more than shared_fraction of a task's held-out rows have, by a sample of them."""
+    if not texts:
+        return {}
+    id, task, text = (pa.chunked_array([getattr(part, name) for part in texts]) for name in ("id", "task", "text"))
+    is_part = np.concatenate([part.is_part for part in texts])
+    order = pc.sort_indices(id).to_numpy()  # ids are hashes: the first ones are a sample, whatever the order of rows
+    order = order[~is_part[order]]
+    code = task.combine_chunks().dictionary_encode()
+    found = {}
+    for number, name in enumerate(code.dictionary.to_pylist()):
+        chosen = order[code.indices.to_numpy()[order] == number][:SAMPLE]
+        if len(chosen) >= ENOUGH:
+            runs, row = _runs(Words.of(text.take(pa.array(chosen)).combine_chunks()))
+            pairs = np.unique(np.stack([runs, row.astype(np.uint64)]), axis=1)
+            distinct, counts = np.unique(pairs[0], return_counts=True)
+            found[name] = distinct[counts > shared_fraction * len(chosen)]
+    return found
+
+
+def _runs(words: Words) -> tuple[Hashes, Ints]:
+    """(hash of the run of RUN words, row) at each word that begins one; 0 where the row ends before."""
+    row = np.repeat(np.arange(len(words.offsets) - 1), np.diff(words.offsets))
+    runs = np.zeros(len(row), np.uint64)
+    if len(row) >= RUN:
+        run = words.hashes[: 1 - RUN]
+        for number in range(1, RUN):
+            run = mixed(run) + words.hashes[number : len(row) + 1 - RUN + number]
+        runs[: len(run)] = np.where(row[: len(run)] == row[RUN - 1 :], run, 0)
+    return runs, row
+
+
+def _own(words: Words, task: pa.Array, templates: Mapping[str, Hashes], length: int) -> Hashes:
+    """The n-grams of each row, as `_of_row` gives them, that have no word of its task's template.
+
+    Name the class of this text . How do I unblock my PIN ?        template: the first six words
+    """
+    runs, row = _runs(words)
+    code = task.dictionary_encode()
+    of_task = code.indices.to_numpy()[row]
+    is_template = np.zeros(len(runs), bool)
+    for number, name in enumerate(code.dictionary.to_pylist()):
+        begins = np.flatnonzero((of_task == number) & np.isin(runs, templates.get(name, ())) & (runs != 0))
+        for step in range(RUN):
+            is_template[begins + step] = True
+    kept = np.flatnonzero(~is_template)
+    if not len(kept):
+        return np.zeros(0, np.uint64)
+    begins = np.flatnonzero(np.append(True, (np.diff(kept) > 1) | (np.diff(row[kept]) > 0)))
+    sizes = np.diff(np.append(begins, len(kept)))
+    long = sizes >= length
+    pieces = Words(starts(sizes[long]), words.hashes[kept[ranges(begins[long], sizes[long])]])
+    return _of_row(pieces.ngrams(length), row[kept[begins[long]]])
+
+
+def _of_row(found: Ngrams, rows: Ints | None = None) -> Hashes:
+    """Each n-gram, told apart from the same one of another row. rows: their numbers, else counted from 0."""
+    numbers = np.arange(len(found)) if rows is None else rows
+    return found.grams ^ mixed(np.repeat(numbers, found.sizes).astype(np.uint64) + np.uint64(1))
 
 
 def _train_ngrams(length: int, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array, Ngrams]:
@@ -193,44 +276,55 @@ def _train_ngrams(length: int, batch: pa.RecordBatch) -> tuple[pa.Array, pa.Arra
 class _Index:
     """Which held-out texts have an n-gram.
 
-    grams: sorted, distinct, each by its number from here on. users: the units that have gram g are
-    users[used[g]:used[g + 1]]. size: of each unit, n-grams that count. row: of each unit. place: of each row.
+    grams: sorted, distinct, each by its number from here on. users: the texts that have gram g are
+    users[used[g]:used[g + 1]], is_asked tells whether in their question. size, asked: n-grams that count of each text,
+    and of its question. place: of each text.
     """
 
-    def __init__(self, found: list[Units]) -> None:
-        self.texts = [units.texts for units in found]
+    def __init__(self, found: list[Held]) -> None:
+        self.texts = [part.texts for part in found]
         self.places = sorted({texts.where for texts in self.texts})
-        sizes = [len(texts.ids) for texts in self.texts]
-        first = starts(np.array(sizes, np.int64))
-        self.first = first
-        self.place = np.repeat(np.array([self.places.index(texts.where) for texts in self.texts], np.int64), sizes)
-        whole = _joined([units.whole for units in found])
-        parts = _joined([units.parts for units in found])
-        self.row = np.concatenate(
-            [np.arange(len(whole)), *(units.part_of + begin for units, begin in zip(found, first, strict=False))]
-        )
-        every = _joined([whole, parts])
-        unit = np.repeat(np.arange(len(every), dtype=np.int32), every.sizes)
-        order = np.argsort(every.grams, kind="stable")
-        unit, ordered = unit[order], every.grams[order]
-        begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
-        number = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(ordered))))
-        # how many rows of each place have it: whole rows alone are counted, their parts are in them
-        in_whole = unit < len(whole)
-        keys, counts = np.unique(number[in_whole] * len(self.places) + self.place[unit[in_whole]], return_counts=True)
-        is_phrase = np.zeros(len(begins), bool)
-        is_phrase[keys[counts > FEW] // max(1, len(self.places))] = True
-        counts_here = ~is_phrase[number]
-        unit, number = unit[counts_here], number[counts_here]
-        kept = np.flatnonzero(~is_phrase)
-        self.grams = ordered[begins[kept]]
-        self.count = len(kept)
-        self.users = unit
-        self.used = starts(np.bincount(np.searchsorted(kept, number), minlength=len(kept)))
-        self.size = np.bincount(unit, minlength=len(every))
+        counts = [len(texts.id) for texts in self.texts]
+        self.first = starts(np.array(counts, np.int64))
+        self.place = np.repeat(np.array([self.places.index(texts.where) for texts in self.texts], np.int64), counts)
+        sizes = np.concatenate([np.zeros(0, np.int64), *(part.grams.sizes for part in found)])
+        grams = np.concatenate([np.zeros(0, np.uint64), *(part.grams.grams for part in found)])
+        is_asked = np.concatenate([np.zeros(0, bool), *(part.is_asked for part in found)])
+        found.clear()
+        order = np.argsort(grams)
+        grams = grams[order]
+        text = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+        is_asked = is_asked[order]
+        del order
+        is_new = np.ones(len(grams), bool)
+        is_new[1:] = grams[1:] != grams[:-1]
+        begin = np.flatnonzero(is_new)
+        uses = np.diff(begin, append=len(grams)).astype(np.int32)
+        is_phrase = np.zeros(len(begin), bool)
+        is_phrase[self._phrases(np.flatnonzero(uses > FEW), begin, uses, text)] = True
+        counts_here = np.repeat(~is_phrase, uses)
+        del begin
+        self.grams = grams[is_new & counts_here]
+        del grams, is_new
+        self.count = len(self.grams)
+        self.users, self.is_asked = text[counts_here], is_asked[counts_here]
+        self.used = starts(uses[~is_phrase])
+        self.size = np.bincount(self.users, minlength=len(sizes))
+        self.asked = np.bincount(self.users[self.is_asked], minlength=len(sizes))
         self.table = np.zeros(2 ** (TABLE_BITS - 3), np.uint8)
-        place = self.grams >> np.uint64(64 - TABLE_BITS)
-        np.bitwise_or.at(self.table, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+        for first in range(0, self.count, PIECE_GRAMS):
+            place = self.grams[first : first + PIECE_GRAMS] >> np.uint64(64 - TABLE_BITS)
+            np.bitwise_or.at(self.table, place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+
+    def _phrases(self, often: Ints, begin: Ints, uses: npt.NDArray[np.int32], text: npt.NDArray[np.int32]) -> Ints:
+        """Those of the n-grams `often` that more than FEW rows of one place have."""
+        is_part = np.concatenate([np.zeros(0, bool), *(texts.is_part for texts in self.texts)])
+        sizes = uses[often].astype(np.int64)
+        users = text[ranges(begin[often], sizes)]
+        gram = np.repeat(np.arange(len(often)), sizes)[~is_part[users]]
+        places = max(1, len(self.places))
+        keys, counts = np.unique(gram * places + self.place[users[~is_part[users]]], return_counts=True)
+        return often[keys[counts > FEW] // places]
 
     def find(self, found: Ngrams) -> tuple[Ints, Ints]:
         """(row, number of the gram) of every n-gram that a held-out text has, too."""
@@ -242,24 +336,33 @@ class _Index:
         is_held = self.grams[np.minimum(number, max(0, self.count - 1))] == grams if self.count else grams != grams
         return np.searchsorted(found.offsets, likely[is_held], "right") - 1, number[is_held]
 
-    def matches(self, row: Ints, gram: Ints, shared: Ints, min_overlap: float) -> tuple[Ints, Ints, Shares]:
-        """(training row, held-out row, share) of the closest match in each place, by training row and place.
+    def matches(self, row: Ints, gram: Ints, shared: Ints, settings: Contamination) -> tuple[Ints, Ints, Shares]:
+        """(training row, held-out text, share) of the closest match in each place, by training row and place.
 
         Args: row, gram: what was found and counts. shared: grams that do not.
         """
         uses = np.diff(self.used)
         dropped = ranges(self.used[:-1][shared], uses[shared])
-        size = self.size - np.bincount(self.users[dropped], minlength=len(self.size))
-        unit = self.users[ranges(self.used[gram], uses[gram])].astype(np.int64)
-        keys, counts = np.unique(np.repeat(row, uses[gram]) * len(size) + unit, return_counts=True)
-        row, unit = keys // max(1, len(size)), keys % max(1, len(size))
-        found = np.flatnonzero(counts >= min_overlap * size[unit] - 1e-9)
-        row, held, share = row[found], self.row[unit[found]], counts[found] / size[unit[found]]
-        order = np.lexsort((self._by_name(held), -share, self.place[held], row))
-        row, held, share = row[order], held[order], share[order]
+        gone = self.users[dropped]
+        size = self.size - np.bincount(gone, minlength=len(self.size))
+        asked = self.asked - np.bincount(gone[self.is_asked[dropped]], minlength=len(self.size))
+        places = ranges(self.used[gram], uses[gram])
+        texts = max(1, len(size))
+        pairs, which = np.unique(np.repeat(row, uses[gram]) * texts + self.users[places], return_inverse=True)
+        row, text = pairs // texts, pairs % texts
+        share, is_hit = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+        for grams, every in ((which, size[text]), (which[self.is_asked[places]], asked[text])):
+            part = np.bincount(grams, minlength=len(pairs)) / np.maximum(1, every)
+            share = np.maximum(share, part)
+            # what one word more or less would change so much is looked for whole
+            is_hit |= part >= np.where(every < settings.ngram_words, 1.0, settings.min_overlap) - 1e-9
+        found = np.flatnonzero(is_hit)
+        row, text, share = row[found], text[found], share[found]
+        order = np.lexsort((self._by_name(text), -share, self.place[text], row))
+        row, text, share = row[order], text[order], share[order]
         is_first = np.ones(len(row), bool)
-        is_first[1:] = (row[1:] != row[:-1]) | (self.place[held[1:]] != self.place[held[:-1]])
-        return row[is_first], held[is_first], share[is_first]
+        is_first[1:] = (row[1:] != row[:-1]) | (self.place[text[1:]] != self.place[text[:-1]])
+        return row[is_first], text[is_first], share[is_first]
 
     def _by_name(self, held: Ints) -> Ints:
         """Each held-out row's place in the order of their ids: equal matches are told apart by no order of rows."""
@@ -273,7 +376,7 @@ class _Index:
         """(place, id, whole text) of a held-out row."""
         number = int(np.searchsorted(self.first, held, "right")) - 1
         texts, within = self.texts[number], held - int(self.first[number])
-        return texts.where, texts.ids[within].as_py(), texts.whole[within].as_py()
+        return texts.where, texts.id[within].as_py(), texts.text[within].as_py()
 
     def wording(self, row: Ints, texts: list[str], pairs: Ints, length: int) -> list[str]:
         """The first run of words of each held-out text that the training row has.
@@ -296,11 +399,6 @@ class _Index:
         first = starts(sizes)[:-1]
         first[text[found][::-1]] = run[found][::-1]  # the last one written, the first run, stays
         return [runs[number][:EXCERPT] for number in first]
-
-
-def _joined(parts: list[Ngrams]) -> Ngrams:
-    sizes = np.concatenate([np.zeros(0, np.int64), *(part.sizes for part in parts)])
-    return Ngrams(starts(sizes), np.concatenate([np.zeros(0, np.uint64), *(part.grams for part in parts)]))
 
 
 def _common(row: Ints, gram: Ints, task: Ints, grams: int, shared_fraction: float) -> Ints:

@@ -61,6 +61,12 @@ def test_the_share_is_of_the_held_out_row_not_of_the_training_row(settings: Cont
     assert {hit.id: round(hit.share, 3) for hit in hits} == {ids(train)[0]: 1.0, ids(train)[1]: 0.6}
 
 
+def test_what_has_few_ngrams_must_be_there_completely(settings: Contamination) -> None:
+    test = batch((numbered(6), "so"))  # 3 runs in the question
+    train = batch((numbered(6) + " and more", "a"), (numbered(5), "b"))
+    assert [hit.id for hit in contamination.hits([train], [("test", test)], settings, 0.9)] == ids(train)[:1]
+
+
 def test_an_answer_counts_with_its_question(settings: Contamination) -> None:
     test = batch(("why", numbered(20)))
     train = batch(("tell me", "so " + numbered(20)), ("why", "no " + numbered(5)))
@@ -75,6 +81,13 @@ def test_wording_that_many_held_out_rows_or_most_training_rows_have_does_not_cou
     assert contamination.hits([train], [("test", test)], settings, 1.0) == []
     assert len(contamination.hits([train], [("test", test.slice(0, 5))], settings, 1.0)) == 12
     assert contamination.hits([train], [("test", test.slice(0, 5))], settings, 0.5) == []
+
+
+def test_a_template_neither_hides_a_copy_nor_makes_one(settings: Contamination) -> None:
+    frame = "name the class of this text"
+    test = batch(*((f"{frame} {numbered(4, first=10 * number)}", "yes") for number in range(12)))
+    train = batch((f"{frame} hello {numbered(4)} bye", "no"), (f"{frame} w0 w1 something else", "no"))
+    assert [hit.id for hit in contamination.hits([train], [("test", test)], settings, 0.5)] == ids(train)[:1]
 
 
 def test_rows_of_fewer_words_than_an_ngram_are_compared_as_a_whole(settings: Contamination) -> None:

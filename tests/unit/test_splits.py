@@ -36,7 +36,6 @@ def facts(
         characters=whole,
         key=np.zeros((count, 2), np.uint64),
         tie=whole.astype(np.uint64),
-        position=whole,
     )
 
 

@@ -1,0 +1,104 @@
+"""Real questions with an official split, through prepare and dedup_split: the test file never meets training."""
+
+import csv
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from stages import dedup_split, prepare
+from stages.lib import config, engine, files, records
+from stages.lib.schema.runtime import Engine, Runtime
+from tests.conftest import ROOT
+
+BANKING77 = ROOT.parent / "shared/data/banking77"
+LONG = 14  # words of the questions that are planted: such long ones are in no other row by chance
+
+pytestmark = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"{BANKING77} is not there")
+
+
+class Split(NamedTuple):
+    folder: Path
+    planted: list[str]  # questions of the test file, in rows 2, 3 and 4 of the training file too
+
+
+def read(name: str) -> list[list[str]]:
+    with (BANKING77 / name).open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """What the stages make of both files, with three rows of the test file planted in the training file."""
+    folder = tmp_path_factory.mktemp("banking77")
+    test, train = read("test.csv"), read("train.csv")
+    copied, shouted, quoted = [row for row in test if len(row[0].split()) >= LONG and "\n" not in row[0]][:3]
+    planted = [
+        copied,
+        [shouted[0].upper().replace(",", " ;"), shouted[1]],
+        [f"Hi team! {quoted[0]} Thanks.", "another_label"],
+    ]
+    for name, rows in (("train.csv", planted + train), ("test.csv", test)):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([["text", "category"], *rows])
+    (folder / "data/benchmarks").mkdir(parents=True)
+    given = [
+        "data.source=local",
+        f"data.path={folder}",
+        "data.format=classification",
+        "++data.columns={text: text, label: category}",
+        "++data.sources={train: {path: train.csv, official: train}, test: {path: test.csv, official: test}}",
+        "split.max_rows={}",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None))
+        prepare.main(config.load(prepare.Params, given, ROOT / "params.yaml"))
+        dedup_split.main(config.load(dedup_split.Params, given, ROOT / "params.yaml"))
+    return Split(folder, [row[0] for row in (copied, shouted, quoted)])
+
+
+def questions(made: Split, split: str) -> dict[str, str]:
+    """Question -> the file it came from, of the rows of a split."""
+    rows = records.read(made.folder / f"data/splits/{split}.parquet")
+    return {bare(row["messages"][-2]["content"].partition("\n\n")[2]): row["source"] for row in rows}
+
+
+def bare(question: str) -> str:
+    """A question without case and punctuation."""
+    return " ".join(re.findall(r"[\w-]+", question.casefold()))
+
+
+def test_every_question_of_the_test_file_is_in_the_test_split_and_nothing_else(made: Split) -> None:
+    assert questions(made, "test").keys() == {bare(question) for question, _ in read("test.csv")}
+    assert set(questions(made, "test").values()) == {"test"}
+
+
+def test_no_question_of_the_test_file_is_in_train_or_validation(made: Split) -> None:
+    test = questions(made, "test").keys()
+    train, validation = questions(made, "train"), questions(made, "validation")
+    assert set(train.values()) | set(validation.values()) == {"train"}
+    assert test.isdisjoint(train)
+    assert test.isdisjoint(validation)
+
+
+def test_validation_is_taken_out_of_the_training_file(made: Split) -> None:
+    metrics = files.read_json(made.folder / "metrics/dedup_split.json")
+    share = metrics["rows/validation"] / (metrics["rows/validation"] + metrics["rows/train"])
+    assert share == pytest.approx(0.08, abs=0.01)
+
+
+def test_planted_copies_of_test_rows_are_found_and_removed_and_every_row_is_accounted_for(made: Split) -> None:
+    prepared = records.read(made.folder / "data/prepared")
+    line = {row["meta"]["where"]: row["id"] for row in prepared}
+    test = {row["id"]: row for row in records.read(made.folder / "data/splits/test.parquet")}
+    dropped = files.read_rows(made.folder / "data/splits/dropped.parquet")
+    found = {row["id"]: row for row in dropped if row["source"] == "train"}
+    removed = [found[line[f"train/train.csv:{number}"]] for number in (2, 3, 4)]
+    for row, question in zip(removed, made.planted, strict=True):
+        assert bare(question) in bare(test[row["kept_id"]]["messages"][-2]["content"])
+    assert [row["reason"] for row in removed] == ["exact", "exact", "contaminated"]
+    metrics = files.read_json(made.folder / "metrics/dedup_split.json")
+    kept = sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test"))
+    assert metrics["rows/in"] == kept + len(dropped) == len(read("train.csv")) + len(read("test.csv")) + 3
