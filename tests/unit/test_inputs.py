@@ -56,9 +56,7 @@ def test_every_data_file_of_a_folder_must_be_known_to_git_or_dvc(repository: Pat
     for name in ("a.jsonl", "more/b.jsonl", ".gitkeep", "README.md"):
         (repository / "data/raw" / name).write_text("{}")
     subprocess.run(["git", "add", "data/raw/a.jsonl", "data/raw/.gitkeep"], cwd=repository, check=True)
-    with pytest.raises(
-        ConfigError, match=r"found 'data/raw/more/b\.jsonl', which neither.*`dvc add data/raw && "
-    ):
+    with pytest.raises(ConfigError, match=r"found 'data/raw/more/b\.jsonl', which neither.*`dvc add data/raw && "):
         inputs.check_visible("data/raw", repository)
     (repository / "data/raw/more/b.jsonl.dvc").write_text("outs: []")
     subprocess.run(["git", "add", "data/raw/more/b.jsonl.dvc"], cwd=repository, check=True)
