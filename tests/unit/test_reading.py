@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -202,6 +203,14 @@ def test_items_of_a_json_list_are_placed_by_their_line_and_told_apart(tmp_path: 
         ("my.json:6", "no_object"),
         ("my.json:6", "bad_utf8"),
     ]
+
+
+def test_a_list_read_in_pieces_of_any_size_gives_the_same_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = rb' [{"a": "x\"]y\\"}, "a\"", -3' + b"\n" + rb"true,[{}, []], ]  "
+    expected = [(1, rb'{"a": "x\"]y\\"}'), (1, rb'"a\""'), (1, b"-3\ntrue"), (2, b"[{}, []]")]
+    for size in range(2, len(text) + 1):
+        monkeypatch.setattr(json_text, "_CHUNK", size)
+        assert list(json_text.items(io.BytesIO(text))) == expected
 
 
 def test_csv_rows_with_another_number_of_fields_or_bad_text_are_rejected(tmp_path: Path) -> None:
