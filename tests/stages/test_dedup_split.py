@@ -57,14 +57,22 @@ def corpus(size: int = 1000, *, every: int = 4) -> list[Row]:
     return rows
 
 
-def run(rows: Sequence[Row], *overrides: str, shards: int = 1) -> dict[str, Any]:
+def run(
+    rows: Sequence[Row],
+    *,
+    max_rows: dict[str, dict[str, int]] | None = None,
+    fraction: float = 1.0,
+    noise: float = 0.0,
+    shards: int = 1,
+) -> dict[str, Any]:
     for number in range(shards):
         path = Path(f"data/prepared/rows-{number:05d}.parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(records.table(rows[number::shards]), path)
     Path("data/benchmarks").mkdir(exist_ok=True)
-    given = ["data.noise.fraction=0.0", "data.fraction=1.0", "split.max_rows={}", *overrides]
-    dedup_split.main(config.load(dedup_split.Params, given, ROOT / "params.yaml"))
+    p = config.load(dedup_split.Params, ["split.max_rows={}"], ROOT / "params.yaml")
+    p.split.max_rows, p.data.fraction, p.data.noise.fraction = max_rows or {}, fraction, noise
+    dedup_split.main(p)
     return files.read_json(Path("metrics/dedup_split.json"))
 
 
@@ -108,8 +116,7 @@ def test_no_pair_at_the_threshold_no_group_and_no_cluster_stands_in_two_splits(i
 def test_totals_reconcile_and_every_dropped_row_has_a_reason(in_tmp: Path) -> None:
     rows = corpus()
     copied = row(["copied", *part_of(rows[1])], group="another")  # contains a row, and is not similar to it
-    limits = "split.max_rows={train: {read: 300}, test: {read: 20}}"
-    metrics = run([*rows, copied], limits, "data.fraction=0.9")
+    metrics = run([*rows, copied], max_rows={"train": {"read": 300}, "test": {"read": 20}}, fraction=0.9)
     dropped = left_out()
     assert metrics["rows/in"] == len(rows) + 1
     assert metrics["rows/in"] == metrics["rows/dropped"] + sum(metrics[f"rows/{split}"] for split in SPLITS)
@@ -133,25 +140,25 @@ def part_of(found: Row) -> list[str]:
 
 def test_neither_the_order_of_the_rows_nor_the_shards_change_a_byte(in_tmp: Path) -> None:
     rows = corpus(400)
-    run(rows, "data.noise.fraction=0.2")
+    run(rows, noise=0.2)
     before = written()
-    run(random.Random(1).sample(rows, len(rows)), "data.noise.fraction=0.2", shards=3)
+    run(random.Random(1).sample(rows, len(rows)), noise=0.2, shards=3)
     assert written() == before
 
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = corpus(400)
-    run(rows, "data.noise.fraction=0.2", shards=4)
+    run(rows, noise=0.2, shards=4)
     before = written()
     monkeypatch.setattr(engine, "_runtime", Runtime(None, 2, Engine.local, None, "warning", None))
-    run(rows, "data.noise.fraction=0.2", shards=4)
+    run(rows, noise=0.2, shards=4)
     assert written() == before
 
 
 def test_rows_that_fill_many_buckets_are_written_by_id(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.lib.parts.BUCKET_CHARACTERS", 3000)
-    run(corpus(400), "data.noise.fraction=0.2")
+    run(corpus(400), noise=0.2)
     for split in SPLITS:
         found = [row["id"] for row in part(split)]
         assert found == sorted(set(found))
@@ -196,7 +203,7 @@ def test_noisy_twins_are_added_to_train_alone_and_none_is_close_to_a_held_out_ro
     rows = corpus(600)
     run(rows)
     plain = {split: ids(split) for split in SPLITS}
-    metrics = run(rows, "data.noise.fraction=0.5")
+    metrics = run(rows, noise=0.5)
     assert {split: ids(split) for split in SPLITS if split != "train"} == {
         split: plain[split] for split in SPLITS if split != "train"
     }
