@@ -210,15 +210,7 @@ class Deduplicated:
     reason: npt.NDArray[np.str_]  # exact, near or semantic
     cluster: Ints  # of every row: the row of its cluster with the smallest id
     official: npt.NDArray[np.int8]  # of every row: equal marks above 0 are of one official test or validation split
-    shingles: Ngrams  # what the rows of `compared` were compared by
-    compared: Ints  # one row of all with the same words each
     wording: Wording
-
-    def shingles_of(self, rows: Ints) -> Ngrams:
-        """What these kept rows were compared by."""
-        place = np.zeros(len(self.cluster), np.int64)
-        place[self.compared] = np.arange(len(self.compared))
-        return self.shingles.take(place[rows])
 
 
 def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
@@ -265,8 +257,6 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
         reason=np.repeat(["exact", "near"], [len(repeated), len(dropped)]),
         cluster=clusters(rank, [(np.arange(len(facts)), first), (distinct[pairs.left], distinct[pairs.right])]),
         official=official,
-        shingles=sets,
-        compared=distinct,
         wording=wording,
     )
 

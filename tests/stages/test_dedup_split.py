@@ -233,4 +233,5 @@ def test_every_file_has_its_columns_even_when_it_is_empty(in_tmp: Path) -> None:
     assert {path.name for path in Path("data/splits").iterdir()} == {
         *(f"{name}.parquet" for name in (*SPLITS, "dropped", "linked")),
         "duplicates.jsonl",
+        "contamination.jsonl",
     }
