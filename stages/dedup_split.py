@@ -1,13 +1,13 @@
 """Stage dedup_split: drop duplicates and near-duplicates, then split so that what hangs together stays together.
 
 Reads data/prepared and the benchmarks that dedup.contamination names; writes data/splits (one Parquet file a split,
-dropped.parquet, linked.parquet, duplicates.jsonl) and metrics/dedup_split.json.
+dropped.parquet, linked.parquet, duplicates.jsonl, contamination.jsonl) and metrics/dedup_split.json.
 """
 
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -72,10 +72,9 @@ def main(p: Params) -> None:
         shown = dropped.examples(facts, distinct)
         parts = Parts(folder / "buckets", facts, split, np.append(distinct.dropped[shown], distinct.repeats[shown]))
         noisy = twins.made(parts.send(batches("rows divided")), parts.add, p.data.noise, p.dedup.shingle_words)
-        held_out = ((name, batch) for name in HELD_OUT for batch in parts.batches(name))
-        hits = contamination.hits(
-            parts.batches("train", NOISY), held_out, p.dedup.contamination, p.dedup.shared_fraction
-        )
+        train = parts.batches("train", NOISY)
+        tested = ((name, batch) for name in HELD_OUT for batch in parts.batches(name))
+        hits = contamination.hits(train, tested, p.dedup.contamination, p.dedup.shared_fraction)
         gone = dropped.by_id(
             [
                 dropped.duplicates(facts, distinct),
@@ -83,14 +82,15 @@ def main(p: Params) -> None:
                 dropped.contaminated(facts, kept, distinct.cluster, hits),
             ]
         )
-        compared_with = distinct.shingles_of(kept[np.isin(split[kept], [SPLITS.index(name) for name in HELD_OUT])])
         hit = pa.array([hit.id for hit in hits], pa.string())
-        unwanted = noisy.unwanted(rows.id, hit, compared_with, distinct.wording, p.dedup.threshold)
+        held_out = (batch for name in HELD_OUT for batch in parts.batches(name))
+        unwanted = noisy.unwanted(rows.id, hit, held_out, distinct.wording, p.dedup)
         parts.write(folder, hit, noisy.id.filter(unwanted))
         shutil.rmtree(folder / "buckets")
         pq.write_table(gone, folder / "dropped.parquet", compression="zstd")
         pq.write_table(placed.linked, folder / "linked.parquet", compression="zstd")
         dropped.write_examples(folder / "duplicates.jsonl", facts, distinct, shown, parts.texts)
+        files.write_jsonl(folder / "contamination.jsonl", (asdict(hit) for hit in hits))
 
     is_hit = pc.is_in(facts.id, value_set=hit).to_numpy(zero_copy_only=False)
     split[is_hit] = splits.OUT

@@ -3,9 +3,8 @@
 Two rows are compared by the set of their word shingles, without the wording that most rows of their task share.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from stages.lib import join, records
+from stages.lib import join
 from stages.lib.errors import DataError
 from stages.lib.join import Frequencies, Join, Pairs
 from stages.lib.ngrams import PIECE, Hashes, Ints, Ngrams, Words, hashes, mixed, pieces, starts
@@ -62,13 +61,11 @@ class Facts:
         return cls(*columns)
 
 
-def compared_text(row: Mapping[str, Any]) -> str:
-    """What of a record is compared: all its texts but the system's turns and the tools, which many rows share."""
-    return str(compared_texts(records.table([row]))[0])
-
-
 def compared_texts(found: pa.Table | pa.RecordBatch) -> pa.Array:
-    """`compared_text` of every record: messages, text, chosen and rejected, each turn with its tool calls."""
+    """What of each record is compared: all its texts but the system's turns and the tools, which many rows share.
+
+    In the order messages, text, chosen, rejected; each turn with its reasoning and its tool calls.
+    """
     if isinstance(found, pa.Table):
         found = found.combine_chunks()
     columns = [_spoken(_array(found[name])) for name in ("messages", "chosen", "rejected")]
@@ -101,8 +98,13 @@ class Compared:
 
     @classmethod
     def joined(cls, parts: Iterable["Compared"]) -> "Compared":
-        """All parts as one, rows counted through."""
+        """All parts as one, rows counted through.
+
+        Raises: DataError, when there is none.
+        """
         found = list(parts)
+        if not found:
+            raise DataError("data/prepared: found no row, expected some. See rejected.jsonl there for why.")
         facts = Facts.joined([part.facts for part in found])
         return cls(facts, [shingles for part in found for shingles in part.shingles])
 
@@ -210,15 +212,7 @@ class Deduplicated:
     reason: npt.NDArray[np.str_]  # exact, near or semantic
     cluster: Ints  # of every row: the row of its cluster with the smallest id
     official: npt.NDArray[np.int8]  # of every row: equal marks above 0 are of one official test or validation split
-    shingles: Ngrams  # what the rows of `compared` were compared by
-    compared: Ints  # one row of all with the same words each
     wording: Wording
-
-    def shingles_of(self, rows: Ints) -> Ngrams:
-        """What these kept rows were compared by."""
-        place = np.zeros(len(self.cluster), np.int64)
-        place[self.compared] = np.arange(len(self.compared))
-        return self.shingles.take(place[rows])
 
 
 def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
@@ -265,8 +259,6 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
         reason=np.repeat(["exact", "near"], [len(repeated), len(dropped)]),
         cluster=clusters(rank, [(np.arange(len(facts)), first), (distinct[pairs.left], distinct[pairs.right])]),
         official=official,
-        shingles=sets,
-        compared=distinct,
         wording=wording,
     )
 

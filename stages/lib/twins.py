@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from stages.lib.dedup import Wording, compared_texts
 from stages.lib.join import Join
 from stages.lib.ngrams import Ngrams, word_ngrams
 from stages.lib.schema.data import Noise
+from stages.lib.schema.dedup import Dedup
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,27 @@ class Made:
     shingles: Ngrams
 
     def unwanted(
-        self, ids: pa.Array, contaminated: pa.Array, held_out: Ngrams, wording: Wording, threshold: float
+        self,
+        ids: pa.Array,
+        contaminated: pa.Array,
+        held_out: Iterable[pa.RecordBatch],
+        wording: Wording,
+        settings: Dedup,
     ) -> pa.Array:
         """Which twins must not be trained on, true or false for each.
 
         They have one of `ids`, those of the rows, or that of another twin; are contaminated, or made of a row that is;
         or reach the threshold with a held-out row, compared as rows are.
         """
-        sets = Ngrams.joined([held_out, wording.without(self.shingles, self.task)])
-        near = Join(sets, threshold)
-        near.add(np.arange(len(held_out)))
-        close = near.matches(np.arange(len(held_out), len(sets))).left - len(held_out)
+        if not len(self.id):
+            return pa.array([], pa.bool_())
+        compared = partial(_shingles, wording=wording, length=settings.shingle_words)
+        others = list(engine.ordered_map(compared, held_out))
+        sets = Ngrams.joined([*others, wording.without(self.shingles, self.task)])
+        first = len(sets) - len(self.id)
+        near = Join(sets, settings.threshold)
+        near.add(np.arange(first))
+        is_close = np.isin(np.arange(first, len(sets)), near.matches(np.arange(first, len(sets))).left)
         counts = pc.value_counts(self.id)
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
         conditions = [
@@ -65,10 +76,11 @@ class Made:
             pc.is_in(self.id, value_set=contaminated),
             pc.is_in(self.made_of, value_set=contaminated),
         ]
-        is_unwanted = np.isin(np.arange(len(self.id)), close)
-        for condition in conditions:
-            is_unwanted |= condition.to_numpy(zero_copy_only=False)
-        return pa.array(is_unwanted)
+        return reduce(pc.or_, conditions, pa.array(is_close))
+
+
+def _shingles(rows: pa.RecordBatch, wording: Wording, length: int) -> Ngrams:
+    return wording.without(word_ngrams(compared_texts(rows), length), rows["task"])
 
 
 def made(train: Iterable[pa.RecordBatch], add: Callable[[pa.RecordBatch], None], settings: Noise, length: int) -> Made:

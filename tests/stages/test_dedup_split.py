@@ -57,14 +57,24 @@ def corpus(size: int = 1000, *, every: int = 4) -> list[Row]:
     return rows
 
 
-def run(rows: Sequence[Row], *overrides: str, shards: int = 1) -> dict[str, Any]:
+def run(
+    rows: Sequence[Row],
+    *,
+    max_rows: dict[str, dict[str, int]] | None = None,
+    fraction: float = 1.0,
+    noise: float = 0.0,
+    sources: dict[str, Any] | None = None,
+    shards: int = 1,
+) -> dict[str, Any]:
     for number in range(shards):
         path = Path(f"data/prepared/rows-{number:05d}.parquet")
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(records.table(rows[number::shards]), path)
     Path("data/benchmarks").mkdir(exist_ok=True)
-    given = ["data.noise.fraction=0.0", "data.fraction=1.0", "split.max_rows={}", *overrides]
-    dedup_split.main(config.load(dedup_split.Params, given, ROOT / "params.yaml"))
+    p = config.load(dedup_split.Params, ["split.max_rows={}"], ROOT / "params.yaml")
+    p.split.max_rows, p.data.fraction, p.data.noise.fraction = max_rows or {}, fraction, noise
+    p.data.sources = sources or {}
+    dedup_split.main(p)
     return files.read_json(Path("metrics/dedup_split.json"))
 
 
@@ -86,7 +96,7 @@ def written() -> dict[str, str]:
 
 def similarities(one: Sequence[Row], other: Sequence[Row]) -> np.ndarray[Any, Any]:
     """(rows, rows) the Jaccard similarity of all pairs, without the instruction that all rows share."""
-    grams = word_ngrams([dedup.compared_text(row) for row in (*one, *other)], 3)
+    grams = word_ngrams(dedup.compared_texts(records.table([*one, *other])), 3)
     kinds, places, counts = np.unique(grams.grams, return_inverse=True, return_counts=True)
     held = csr_array((counts[places] <= len(grams) / 2, places, grams.offsets), shape=(len(grams), len(kinds)))
     held = held.astype(np.int32)
@@ -107,11 +117,9 @@ def test_no_pair_at_the_threshold_no_group_and_no_cluster_stands_in_two_splits(i
 
 def test_totals_reconcile_and_every_dropped_row_has_a_reason(in_tmp: Path) -> None:
     rows = corpus()
-    copied = row(["copied", *part_of(rows[1])], group="another")  # contains a row, and is not similar to it
-    limits = "split.max_rows={train: {read: 300}, test: {read: 20}}"
-    metrics = run([*rows, copied], limits, "data.fraction=0.9")
+    metrics = run(rows, max_rows={"train": {"read": 300}, "test": {"read": 20}}, fraction=0.9)
     dropped = left_out()
-    assert metrics["rows/in"] == len(rows) + 1
+    assert metrics["rows/in"] == len(rows)
     assert metrics["rows/in"] == metrics["rows/dropped"] + sum(metrics[f"rows/{split}"] for split in SPLITS)
     assert metrics["rows/dropped"] == sum(metrics[reason] for reason in REASONS) == len(dropped)
     assert metrics["rows/train/read"] == metrics["rows/train"] == len(part("train"))
@@ -124,7 +132,7 @@ def test_totals_reconcile_and_every_dropped_row_has_a_reason(in_tmp: Path) -> No
         if gone["reason"] in ("exact", "near"):
             assert gone["kept_id"] in kept
             assert gone["score"] >= 0.8
-    assert {row["id"] for row in (*rows, copied)} == kept | {row["id"] for row in dropped}
+    assert {row["id"] for row in rows} == kept | {row["id"] for row in dropped}
 
 
 def part_of(found: Row) -> list[str]:
@@ -133,25 +141,25 @@ def part_of(found: Row) -> list[str]:
 
 def test_neither_the_order_of_the_rows_nor_the_shards_change_a_byte(in_tmp: Path) -> None:
     rows = corpus(400)
-    run(rows, "data.noise.fraction=0.2")
+    run(rows, noise=0.2)
     before = written()
-    run(random.Random(1).sample(rows, len(rows)), "data.noise.fraction=0.2", shards=3)
+    run(random.Random(1).sample(rows, len(rows)), noise=0.2, shards=3)
     assert written() == before
 
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = corpus(400)
-    run(rows, "data.noise.fraction=0.2", shards=4)
+    run(rows, noise=0.2, shards=4)
     before = written()
     monkeypatch.setattr(engine, "_runtime", Runtime(None, 2, Engine.local, None, "warning", None))
-    run(rows, "data.noise.fraction=0.2", shards=4)
+    run(rows, noise=0.2, shards=4)
     assert written() == before
 
 
 def test_rows_that_fill_many_buckets_are_written_by_id(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.lib.parts.BUCKET_CHARACTERS", 3000)
-    run(corpus(400), "data.noise.fraction=0.2")
+    run(corpus(400), noise=0.2)
     for split in SPLITS:
         found = [row["id"] for row in part(split)]
         assert found == sorted(set(found))
@@ -173,16 +181,29 @@ def test_adding_ten_percent_moves_less_than_one_percent_and_lists_what_it_moves(
     assert moved <= listed
 
 
-def test_a_row_that_repeats_an_official_test_row_is_dropped_for_it(in_tmp: Path) -> None:
+def test_rows_that_repeat_or_contain_an_official_test_row_are_dropped_for_it(in_tmp: Path) -> None:
     rows = [made | {"group": "", "split": "train"} for made in corpus(300, every=400)]
     tested = [row(random.Random(number).choices(WORDS, k=40), split="test") for number in range(1000, 1020)]
-    words = part_of(tested[0])
-    planted = row([*words[:20], "planted", *words[21:]], split="train")
-    metrics = run([*rows, *tested, planted])
+    near, whole = part_of(tested[0]), part_of(tested[1])
+    repeating = row([*near[:20], "planted", *near[21:]], split="train")
+    containing = row([*whole, *random.Random(2000).choices(WORDS, k=60)], split="train")
+    metrics = run([*rows, *tested, repeating, containing])
     assert ids("test") == {row["id"] for row in tested}
     assert metrics["rows/train"] + metrics["rows/validation"] == len(rows)
-    (gone,) = left_out()
-    assert (gone["id"], gone["kept_id"], gone["reason"]) == (planted["id"], tested[0]["id"], "near")
+    assert {(gone["id"], gone["kept_id"], gone["reason"]) for gone in left_out()} == {
+        (repeating["id"], tested[0]["id"], "near"),
+        (containing["id"], tested[1]["id"], "contaminated"),
+    }
+    assert metrics["contamination/hits"] == 1
+
+
+def test_weights_of_sources_are_their_shares_of_each_split(in_tmp: Path) -> None:
+    rows = [made | {"group": "", "source": "ab"[number % 2]} for number, made in enumerate(corpus(600, every=700))]
+    metrics = run(rows, sources={"a": {"weight": 1.0}, "b": {"weight": 0.5}})
+    for split in SPLITS:
+        found = [row["source"] for row in part(split)]
+        assert found.count("b") == pytest.approx(found.count("a") / 2, abs=1)
+    assert metrics["dropped/weight"] > 100
 
 
 def test_synthetic_rows_are_trained_on_and_never_held_out(in_tmp: Path) -> None:
@@ -196,7 +217,7 @@ def test_noisy_twins_are_added_to_train_alone_and_none_is_close_to_a_held_out_ro
     rows = corpus(600)
     run(rows)
     plain = {split: ids(split) for split in SPLITS}
-    metrics = run(rows, "data.noise.fraction=0.5")
+    metrics = run(rows, noise=0.5)
     assert {split: ids(split) for split in SPLITS if split != "train"} == {
         split: plain[split] for split in SPLITS if split != "train"
     }
@@ -226,4 +247,5 @@ def test_every_file_has_its_columns_even_when_it_is_empty(in_tmp: Path) -> None:
     assert {path.name for path in Path("data/splits").iterdir()} == {
         *(f"{name}.parquet" for name in (*SPLITS, "dropped", "linked")),
         "duplicates.jsonl",
+        "contamination.jsonl",
     }
