@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from stages.lib import environment, inputs
 from stages.lib.errors import ConfigError
 from stages.lib.schema.base_model import BaseModel
-from stages.lib.schema.data import Data, Source
+from stages.lib.schema.data import Data
 from stages.lib.schema.dedup import Dedup
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
@@ -75,8 +75,9 @@ def check(*, _root_: DictConfig) -> str:
         raise ConfigError("\n".join(lines))
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
     built: Any = OmegaConf.to_object(sections)
-    if built["data"].source is Source.local:
-        inputs.check_visible(built["data"].path, environment.root())
+    inputs.check(built["data"], environment.root())
+    benchmarks = built["dedup"].contamination.benchmarks
+    inputs.check_visible(benchmarks, environment.root(), key="dedup.contamination.benchmarks")
     return "while composed"
 
 
