@@ -71,5 +71,5 @@ def _untracked(path: Path, repository: Path) -> str | None:
 
     if not (repository / path).is_dir():
         return None if is_tracked(path) else str(path)
-    held = [path / name for _, name in places.files(str(repository / path))]
+    held = sorted(file.relative_to(repository) for file in places.below(repository / path))
     return next((str(file) for file in held if not is_tracked(file)), None)

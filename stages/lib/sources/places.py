@@ -59,7 +59,7 @@ def files(path: str, *, key: str = "data.path", inside: Path | None = None) -> l
                 "Change data.path, or write the whole path."
             )
     if whole.is_dir():
-        base, found = base or whole, _below(whole)
+        base, found = base or whole, below(whole)
     elif not whole.exists() and glob.has_magic(path):
         base = base or _fixed_part(whole)
         found = sorted(Path(name) for name in glob.glob(str(whole), recursive=True) if kind(name))
@@ -76,7 +76,7 @@ def files(path: str, *, key: str = "data.path", inside: Path | None = None) -> l
         if file.is_dir() or not file.resolve().is_relative_to(base.resolve()):
             raise ConfigError(
                 f"{key}: {file.relative_to(base)} is a link to a folder or out of {base}, whose content may change "
-                "unnoticed. Copy the files into {base}."
+                f"unnoticed. Copy the files into {base}."
             )
     return sorted(((file, file.relative_to(base).as_posix()) for file in found), key=lambda place: place[1])
 
@@ -88,7 +88,7 @@ def origin(data: Data, source: str) -> tuple[str, Path | None]:
     return "data.path", None
 
 
-def _below(folder: Path) -> list[Path]:
+def below(folder: Path) -> list[Path]:
     """All files of known kinds below a folder, and links to folders; what is hidden holds no data."""
     return [
         file
