@@ -6,7 +6,7 @@ dropped.parquet, linked.parquet, duplicates.jsonl, contamination.jsonl) and metr
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from stages.lib import (
     tracking,
     twins,
 )
-from stages.lib.dedup import Compared
+from stages.lib.dedup import Compared, Deduplicated, Facts
 from stages.lib.join import Pairs
+from stages.lib.ngrams import Ints
 from stages.lib.parts import NOISY, Parts
 from stages.lib.schema.data import Data
-from stages.lib.schema.dedup import Dedup
+from stages.lib.schema.dedup import Dedup, Semantic
 from stages.lib.schema.split import SPLITS, Split
 
 HELD_OUT = ("validation", "test")
@@ -55,14 +56,11 @@ def main(p: Params) -> None:
     distinct = dedup.near_duplicates(found, p.dedup)
     removed = dedup.removed_fractions(facts, distinct.dropped, p.dedup.max_removed_fraction)
     if p.dedup.semantic.model:
-        texts = dedup.texts_of(batches("texts embedded"), distinct.kept)
-        earlier, later, score = semantic.pairs(texts.to_pylist(), p.dedup.semantic)
-        distinct = dedup.without_semantic(facts, distinct, Pairs(later, earlier, score))
+        distinct = without_semantic(facts, distinct, p.dedup.semantic)
 
     kept = distinct.kept[pc.sort_indices(facts.id.take(pa.array(distinct.kept))).to_numpy()]
-    rows = facts.take(kept)
-    placed = splits.place(rows, distinct.cluster[kept], p.split)
-    left_out = splits.reduced(rows, placed.split, p.split, weights(p.data), p.data.fraction)
+    placed = splits.place(facts.take(kept), distinct.cluster[kept], p.split)
+    left_out = splits.reduced(facts.take(kept), placed.split, p.split, weights(p.data), p.data.fraction)
     left_out = np.where(placed.split == splits.OUT, "official", left_out)
     split = np.full(len(facts), splits.OUT)
     split[kept] = np.where(left_out == "", placed.split, splits.OUT)
@@ -72,9 +70,14 @@ def main(p: Params) -> None:
         shown = dropped.examples(facts, distinct)
         parts = Parts(folder / "buckets", facts, split, np.append(distinct.dropped[shown], distinct.repeats[shown]))
         noisy = twins.made(parts.send(batches("rows divided")), parts.add, p.data.noise, p.dedup.shingle_words)
-        train = parts.batches("train", NOISY)
-        tested = ((name, batch) for name in HELD_OUT for batch in parts.batches(name))
-        hits = contamination.hits(train, tested, p.dedup.contamination, p.dedup.shared_fraction)
+        hits = contamination.hits(
+            parts.batches("train", NOISY), held_out(parts), p.dedup.contamination, p.dedup.shared_fraction
+        )
+        hit = pa.array([hit.id for hit in hits], pa.string())
+        tested = (batch for _, batch in held_out(parts))
+        unwanted = noisy.unwanted(facts.id.take(pa.array(kept)), hit, tested, distinct.wording, p.dedup)
+        parts.write(folder, hit, noisy.id.filter(unwanted))
+        shutil.rmtree(folder / "buckets")
         gone = dropped.by_id(
             [
                 dropped.duplicates(facts, distinct),
@@ -82,40 +85,52 @@ def main(p: Params) -> None:
                 dropped.contaminated(facts, kept, distinct.cluster, hits),
             ]
         )
-        hit = pa.array([hit.id for hit in hits], pa.string())
-        held_out = (batch for name in HELD_OUT for batch in parts.batches(name))
-        unwanted = noisy.unwanted(rows.id, hit, held_out, distinct.wording, p.dedup)
-        parts.write(folder, hit, noisy.id.filter(unwanted))
-        shutil.rmtree(folder / "buckets")
         pq.write_table(gone, folder / "dropped.parquet", compression="zstd")
         pq.write_table(placed.linked, folder / "linked.parquet", compression="zstd")
         dropped.write_examples(folder / "duplicates.jsonl", facts, distinct, shown, parts.texts)
         files.write_jsonl(folder / "contamination.jsonl", (asdict(hit) for hit in hits))
 
-    is_hit = pc.is_in(facts.id, value_set=hit).to_numpy(zero_copy_only=False)
-    split[is_hit] = splits.OUT
+    split[pc.is_in(facts.id, value_set=hit).to_numpy(zero_copy_only=False)] = splits.OUT
+    added = Counter(noisy.task.filter(pc.invert(unwanted)).to_pylist())
+    shares = {f"removed_fraction/{source}": share for source, share in removed.items()}
+    tracking.report("dedup_split", counts(facts, split, gone, added, hits) | shares | placed.metrics())
+
+
+def without_semantic(facts: Facts, distinct: Deduplicated, settings: Semantic) -> Deduplicated:
+    """Drop, of what is left, the rows whose embedding is nearly that of one kept before them."""
+    texts = dedup.texts_of(batches("texts embedded"), distinct.kept)
+    earlier, later, score = semantic.pairs(texts.to_pylist(), settings)
+    return dedup.without_semantic(facts, distinct, Pairs(later, earlier, score))
+
+
+def held_out(parts: Parts) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """The rows nothing in train may repeat, with the name of their split."""
+    return ((name, batch) for name in HELD_OUT for batch in parts.batches(name))
+
+
+def counts(
+    facts: Facts, split: Ints, gone: pa.Table, added: Counter[str], hits: Sequence[contamination.Hit]
+) -> dict[str, float]:
+    """rows/in + rows/noisy = rows/train + rows/validation + rows/test + rows/dropped; rows/dropped = all reasons.
+
+    Args: split: of each row, less than 0 for one that is left out. added: noisy twins in train, by task.
+    """
     tasks = {
         name: Counter(facts.task.filter(pa.array(split == number)).to_pylist()) for number, name in enumerate(SPLITS)
     }
-    added = Counter(noisy.task.filter(pc.invert(unwanted)).to_pylist())
     tasks["train"] += added
     reasons = Counter(gone["reason"].to_pylist())
-    tracking.report(
-        "dedup_split",
-        {
-            "rows/in": len(facts),
-            "rows/dropped": len(gone),
-            "rows/noisy": added.total(),
-            **{f"rows/{name}": counted.total() for name, counted in tasks.items()},
-            **{f"rows/{name}/{task}": n for name, counted in tasks.items() for task, n in sorted(counted.items())},
-            **{f"duplicates/{reason}": reasons[reason] for reason in ("exact", "near", "semantic")},
-            **{f"dropped/{reason}": reasons[reason] for reason in OTHER_REASONS},
-            **{f"removed_fraction/{source}": share for source, share in removed.items()},
-            "contamination/hits": reasons["contaminated"],
-            "contamination/benchmark_hits": sum(hit.where not in SPLITS for hit in hits),
-            **placed.metrics(),
-        },
-    )
+    return {
+        "rows/in": len(facts),
+        "rows/dropped": len(gone),
+        "rows/noisy": added.total(),
+        **{f"rows/{name}": counted.total() for name, counted in tasks.items()},
+        **{f"rows/{name}/{task}": n for name, counted in tasks.items() for task, n in sorted(counted.items())},
+        **{f"duplicates/{reason}": reasons[reason] for reason in ("exact", "near", "semantic")},
+        **{f"dropped/{reason}": reasons[reason] for reason in OTHER_REASONS},
+        "contamination/hits": reasons["contaminated"],
+        "contamination/benchmark_hits": sum(hit.where not in SPLITS for hit in hits),
+    }
 
 
 def batches(what: str) -> Iterator[pa.RecordBatch]:
