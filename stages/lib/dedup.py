@@ -13,14 +13,13 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from stages.lib import join
+from stages.lib import join, records
 from stages.lib.errors import DataError
 from stages.lib.join import Frequencies, Join, Pairs
 from stages.lib.ngrams import PIECE, Hashes, Ints, Ngrams, Words, hashes, mixed, pieces, starts
 from stages.lib.schema.dedup import Dedup, Keep
 
 MIN_ROWS_FOR_A_TEMPLATE = 10  # of a task: with fewer, "most rows" says nothing
-SYNTHETIC = "synthetic"  # source of rows that a model wrote
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,10 @@ def ranks(facts: Facts) -> Ints:
 
 def tiers(facts: Facts) -> Ints:
     """0: official test, 1: official validation, 2: all others, 3: synthetic."""
-    conditions = [pc.equal(facts.source, SYNTHETIC), *(pc.equal(facts.split, name) for name in ("test", "validation"))]
+    conditions = [
+        pc.equal(facts.source, records.SYNTHETIC),
+        *(pc.equal(facts.split, name) for name in ("test", "validation")),
+    ]
     held = [pc.fill_null(condition, False).to_numpy(zero_copy_only=False) for condition in conditions]
     return np.select(held, [3, 0, 1], 2)
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from stages.lib import records
 from stages.lib.errors import DataError
 from stages.lib.schema.split import SPLITS, Split
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-SYNTHETIC = "synthetic"  # source of generated rows: they are trained on, never measured with
 TRAIN, VALIDATION, TEST, OUT = 0, 1, 2, -1  # numbers of SPLITS; OUT: dropped, since its group is held out officially
 NO_SPLIT = -1
 MANY = 10_000  # components from which the sizes are promised
@@ -73,7 +73,7 @@ def place(facts: "Facts", clusters: Array, settings: Split) -> Placed:
     Raises: DataError, when a split stays empty.
     """
     group, names = _codes(pc.if_else(pc.equal(facts.group, ""), facts.id, facts.group))
-    synthetic = _flags(pc.equal(facts.source, SYNTHETIC))
+    synthetic = _flags(pc.equal(facts.source, records.SYNTHETIC))
     official = _official(facts.split)
     given = official != NO_SPLIT
     real = ~synthetic

@@ -16,7 +16,6 @@ from typing import Any
 
 from stages.lib import cleaning, records
 
-SOURCE = "synthetic"
 INSTRUCTION, ANSWER = "### Instruction", "### Answer"
 MAX_EXAMPLE_CHARS = 3000  # of a seed shown as an example: question and answer together
 MIN_INSTRUCTION_WORDS, MAX_INSTRUCTION_WORDS = 3, 150  # as in the paper
@@ -66,7 +65,7 @@ def seeds_of(rows: Iterable[Mapping[str, Any]]) -> list[Seed]:
 
 def _seed(row: Mapping[str, Any]) -> Seed | None:
     meta = row.get("meta")
-    if row.get("source") == SOURCE or (isinstance(meta, Mapping) and "noise_of" in meta):
+    if row.get("source") == records.SYNTHETIC or (isinstance(meta, Mapping) and "noise_of" in meta):
         return None
     pair: Sequence[Any] = ()
     if isinstance(row.get("messages"), list):
@@ -190,7 +189,7 @@ class Sieve:
                 continue
             self._known.add(compared, "duplicate")
             self.counts["rows"] += 1
-            self.rows.append({"prompt": instruction, "completion": answer, "source": SOURCE, "task": task})
+            self.rows.append({"prompt": instruction, "completion": answer, "source": records.SYNTHETIC, "task": task})
 
     def _fault(self, instruction: str, answer: str) -> str | None:
         """What is wrong with a pair by itself."""
