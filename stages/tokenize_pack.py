@@ -79,6 +79,7 @@ def page(
         rejected=data_page.examples(Path("data/prepared/rejected.jsonl"), "code"),
         duplicates=data_page.examples(Path("data/splits/duplicates.jsonl")),
         contamination=data_page.examples(Path("data/splits/contamination.jsonl")),
+        linked=data_page.linked(Path("data/splits/linked.parquet")),
         lengths=histogram,
         labels=labels,
         spoken=data_page.languages_of(sample),

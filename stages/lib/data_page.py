@@ -65,6 +65,7 @@ def render(
     rejected: Sequence[Mapping[str, Any]],
     duplicates: Sequence[Mapping[str, Any]],
     contamination: Sequence[Mapping[str, Any]],
+    linked: Sequence[Mapping[str, str]],
     lengths: Sequence[Mapping[str, int]],
     labels: Sequence[Mapping[str, Any]],
     spoken: Mapping[str, int],
@@ -74,7 +75,8 @@ def render(
     """The page as HTML.
 
     Args: prepare, split, packed: metrics of prepare, dedup_split and tokenize_pack. rejected: examples, of each code.
-        duplicates, contamination: lines of data/splits/duplicates.jsonl and contamination.jsonl. lengths, labels: rows
+        duplicates, contamination: lines of data/splits/duplicates.jsonl and contamination.jsonl. linked: rows of
+        data/splits/linked.parquet. lengths, labels: rows
         of plots/lengths.csv and plots/labels.csv. spoken: rows by language, of a sample. rows: of the training split.
     """
     steps = flow(prepare, split, packed)
@@ -92,6 +94,7 @@ def render(
         counts=Counter(split),
         removed=named(split, "removed_fraction/"),
         contamination=contamination,
+        linked=linked,
         splits=shares(split),
         tasks=tasks(split),
         spoken=most_spoken(spoken),
@@ -233,6 +236,13 @@ def examples(path: Path, key: str | None = None) -> list[dict[str, Any]]:
             if seen[kind] <= EXAMPLES:
                 found.append(row)
     return found
+
+
+def linked(path: Path) -> list[dict[str, str]]:
+    """The first rows of a table, in its order; none where there is no file."""
+    if not path.exists():
+        return []
+    return [row for batch in pq.ParquetFile(path).iter_batches(EXAMPLES) for row in batch.to_pylist()][:EXAMPLES]
 
 
 def sample(path: Path, size: int = SAMPLE) -> pa.Table:

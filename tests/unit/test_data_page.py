@@ -49,6 +49,7 @@ def rendered(**changes: Any) -> str:
             }
         ],
         "contamination": [{"id": "4", "overlaps": "5", "where": "test", "share": 0.75, "matched": "one two three"}],
+        "linked": [{"id": "6", "group": "left", "split": "train", "alone": "test", "with_group": "right"}],
         "lengths": LENGTHS,
         "labels": [
             {"role": "user", "trained": 0, "not_trained": 60},
@@ -85,6 +86,7 @@ def test_rows_that_nothing_accounts_for_are_shown_as_such() -> None:
         rejected=[],
         duplicates=[],
         contamination=[],
+        linked=[],
         lengths=LENGTHS,
         labels=[],
         spoken={"en": 1},
@@ -99,6 +101,7 @@ def test_what_is_learned_is_marked_and_markup_in_the_data_is_text() -> None:
     assert "a &lt;b&gt;" in html
     assert "rows.jsonl:3: ends with a question" in html
     assert "75% of a row of test" in html
+    assert "of group left: train with right, alone test" in html
     assert "30% of the training tokens are learned" in html
     assert html == rendered()
 
