@@ -82,6 +82,17 @@ def throwaway_tokenizer():  # type: ignore[no-untyped-def]
     )
 
 
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages work in the test's own process: starting others costs more than a few rows do. tests/unit/test_engine.py
+    and the slow tests have more."""
+    from stages.lib import engine
+    from stages.lib.schema.runtime import Engine, Runtime
+
+    one = Runtime(None, workers=1, engine=Engine.local, ray_address=None, log_level="info", tracking_uri=None)
+    monkeypatch.setattr(engine, "_runtime", one)
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store without runs: making its tables takes seconds, copying them does not."""

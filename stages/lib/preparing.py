@@ -40,7 +40,9 @@ def prepared(block: reading.Block, data: Mapping[str, Data], templates: Mapping[
         try:
             made.append(record(row, where, block, settings, templates, counts))
         except Unfit as unfit:
-            rejected.append(rows.rejection(where, unfit, unfit.row if isinstance(unfit, Unparsed) else row))
+            found = cleaning.masked(unfit.row if isinstance(unfit, Unparsed) else row, settings.clean.pii)
+            reason = Unfit(unfit.code, cleaning.masked(unfit.reason, settings.clean.pii))
+            rejected.append(rows.rejection(where, reason, found))
     counts.update(f"rows/out/{row['task']}" for row in made)
     counts.update(f"rejected/{row.code}" for row in rejected)
     name = block.source or str(settings.source)

@@ -151,6 +151,7 @@ def _deps(folder: Path, name: str) -> list[str]:
     return list(yaml.safe_load((folder / "dvc.yaml").read_text())["stages"][name]["deps"])
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_the_changed_stage_and_what_follows_and_gets_its_own_row(finished: Path) -> None:
     known = set(runs(finished))
     done = run(finished, "dvc", "exp", "run", "-n", "small-rank", "-S", "lora.r=2", "evaluate")
@@ -184,6 +185,7 @@ def test_an_experiment_that_ran_nothing_gets_its_row_by_sync(finished: Path) -> 
     assert (attached / "metrics/evaluate.json").read_text() == (finished / "metrics/evaluate.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_stage_says_how_to_get_its_outputs_back_and_that_works(finished: Path) -> None:
     before = files.sha256(finished / "models/adapter/adapter_model.safetensors")
     failed = run(finished, "dvc", "exp", "run", "-S", "lora.target_modules=[no_such_layer]", "qlora_train")

@@ -15,7 +15,10 @@ from tests.conftest import ROOT
 BANKING77 = ROOT.parent / "shared/data/banking77"
 LONG = 14  # words of the questions that are planted: such long ones are in no other row by chance
 
-pytestmark = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"{BANKING77} is not there")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BANKING77.is_dir(), reason=f"{BANKING77} is not there"),
+]
 
 
 class Split(NamedTuple):

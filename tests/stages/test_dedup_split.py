@@ -27,12 +27,6 @@ REASONS = (
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting processes takes seconds: the engine's own tests do."""
-    monkeypatch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None))
-
-
 def row(words: Sequence[str], **more: Any) -> Row:
     turns = [
         {"role": "user", "content": f"Please read this text and answer. {' '.join(words)}"},

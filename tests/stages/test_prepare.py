@@ -25,12 +25,6 @@ from tests.unit.test_formats import FORMS
 PAIR = {"prompt": "2+2?", "completion": "4"}
 
 
-@pytest.fixture(autouse=True)
-def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting processes takes longer than these rows."""
-    monkeypatch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "info", None))
-
-
 def run(**changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
     prepare.main(prepare.Params(data=settings(**{"path": "my.jsonl", "max_rejected_fraction": 0.99} | changes)))
     rejected = [json.loads(line) for line in Path("data/prepared/rejected.jsonl").read_text().splitlines()]
@@ -55,6 +49,16 @@ def test_every_row_is_a_record_or_a_rejection_and_the_counts_add_up(in_tmp: Path
     assert [row["task"] for row in rows] == ["chat", "sums"]
 
 
+@pytest.mark.parametrize("policy", ["redact", "reject"])
+def test_a_rejected_row_is_kept_without_what_the_policy_keeps_out(in_tmp: Path, policy: str) -> None:
+    write(PAIR, {"prompt": "Mail ann@example.org", "completion": ""}, '{"prompt": "Mail ann@example.org"')
+    run(clean={"pii": {"email": policy}})
+    kept = Path("data/prepared/rejected.jsonl").read_text()
+    assert len(kept.splitlines()) == 2
+    assert "ann@" not in kept
+    assert kept.count("Mail <email>") == 2
+
+
 def test_shards_hold_the_rows_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROWS_PER_SHARD", 2)
     monkeypatch.setattr(records, "ROWS_PER_GROUP", 1)
@@ -69,8 +73,9 @@ def shards() -> dict[str, str]:
     return {path.name: files.sha256(path) for path in Path("data/prepared").iterdir()}
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_rows_give_the_same_bytes_however_they_are_cut_and_spread(
-    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     rows: list[Any] = [{**PAIR, "completion": f"{number}", "task": "sums"} for number in range(200)]
     rows[50], rows[90] = "{", {"prompt": "?", "completion": ""}
@@ -79,12 +84,11 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_cut_and_spread(
     before = shards()
     write(*(dict(reversed(row.items())) if isinstance(row, dict) else row for row in rows))
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    for workers in (1, 2):
-        engine.start(Runtime(None, workers, Engine.local, None, "info", None))
-        run()
-        assert {name: sha for name, sha in shards().items() if name != "rejected.jsonl"} == {
-            name: sha for name, sha in before.items() if name != "rejected.jsonl"
-        }
+    monkeypatch.setattr(engine, "_runtime", Runtime(None, workers, Engine.local, None, "info", None))
+    run()
+    assert {name: sha for name, sha in shards().items() if name != "rejected.jsonl"} == {
+        name: sha for name, sha in before.items() if name != "rejected.jsonl"
+    }
     rejected = [json.loads(line) for line in Path("data/prepared/rejected.jsonl").read_text().splitlines()]
     assert [row["where"] for row in rejected] == ["my.jsonl:51", "my.jsonl:91"]
 

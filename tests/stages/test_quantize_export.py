@@ -18,11 +18,12 @@ from stages.lib import chat, fidelity, files, models, records
 from stages.lib.errors import DataError, ExternalError, GateError, ModelError
 from stages.lib.export import gguf, llama_cpp, manifest, measuring, modelfile, nf4, writing
 from stages.lib.schema.base_model import BaseModel
-from stages.lib.schema.data import Data
+from stages.lib.schema.data import Source
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export, Format
 from stages.lib.schema.merge import Base, Dtype, Merge
 from tests.conftest import ROOT
+from tests.data_settings import settings
 from tests.exported import NUMERICS, make_inputs
 
 NAME = "llama-tuned"
@@ -43,7 +44,7 @@ def params(**export: Any) -> quantize_export.Params:
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}
     return quantize_export.Params(
         base_model=BaseModel(**configured("base_model/smollm2_135m") | {"id": "tiny/llama"}),
-        data=Data(**configured("data/python_docs")),
+        data=settings(source=Source.python_docs, packages=["numpy"]),
         evaluate=Evaluate(**configured("evaluate/three_arms") | shrunk),
         export=Export(**values | export),
         numerics=NUMERICS,
@@ -311,6 +312,7 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
         gguf.run_apart("trying it", "hang", PYTHONPATH=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_only_the_asked_formats_are_written(inside: Path) -> None:
     quantize_export.main(params(formats=[Format.gguf_q8_0], answers={}))
     names = {path.name for path in Path("models/export").iterdir()}

@@ -1,6 +1,5 @@
 """Stage tokenize_pack, on a throwaway tokenizer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,12 +35,6 @@ def digests() -> dict[Path, str]:
     return {path: files.sha256(path) for folder in folders for path in Path(folder).rglob("*.*")}
 
 
-@pytest.fixture
-def workers() -> Iterator[None]:
-    yield
-    engine._runtime = None
-
-
 def use_workers(n: int) -> None:
     engine.start(Runtime(None, n, Engine.local, None, "info", None))
 
@@ -74,7 +67,7 @@ def test_it_writes_a_report_that_needs_nothing_else_and_whose_totals_are_right(
 
 
 def test_bytes_depend_on_neither_the_rows_encoded_at_once_nor_their_order(
-    in_tmp: Path, tiny_model_dir: Path, workers: None, monkeypatch: pytest.MonkeyPatch
+    in_tmp: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_splits(tiny_model_dir)
     use_workers(1)
@@ -90,7 +83,7 @@ def test_bytes_depend_on_neither_the_rows_encoded_at_once_nor_their_order(
 
 @pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(
-    in_tmp: Path, tiny_model_dir: Path, workers: None, monkeypatch: pytest.MonkeyPatch
+    in_tmp: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_splits(tiny_model_dir)
     monkeypatch.setattr(tokenize_pack, "ROWS", 3)

@@ -5,12 +5,12 @@ from pathlib import Path
 from stages.lib.export import card
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.base_model import Source as ModelSource
-from stages.lib.schema.data import Data, Format, Source
+from tests.data_settings import settings
 
 
 def test_the_card_names_the_users_file_but_not_the_folders_above_it(tmp_path: Path) -> None:
     base = BaseModel(ModelSource.package, "maker/toy", None, "toy==1.0", "toy.gguf", "0" * 64, "mit", "https://x.org")
-    data = Data(Source.local, "/home/ann/secret/my.jsonl", Format.auto, {}, None, None, None, [], 1000)
+    data = settings(path="/home/ann/secret/my.jsonl")
     card.write(
         tmp_path / "README.md",
         name="toy",

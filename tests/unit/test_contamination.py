@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stages.lib import contamination, engine, records
+from stages.lib import contamination, records
 from stages.lib.errors import DataError
 from stages.lib.schema.dedup import Contamination
 
@@ -29,8 +29,7 @@ def numbered(words: int, first: int = 0) -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contamination:
-    monkeypatch.setattr(engine, "workers", lambda: 1)  # what several give is the engine's promise
+def settings(tmp_path: Path) -> Contamination:
     (tmp_path / "benchmarks").mkdir()
     return Contamination(ngram_words=4, min_overlap=0.6, benchmarks=str(tmp_path / "benchmarks"))
 

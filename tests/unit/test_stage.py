@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text("stages: {prepare: {cmd: x}}\n")
     (tmp_path / "params.yaml").write_text(
         "seed: 3\ndata: {path: rows.jsonl}\nprompt: {template: chat.jinja}\n"
-        "runtime: {threads: null, log_level: info, tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
+        "dedup: {contamination: {benchmarks: benchmarks}}\n"
+        "runtime: {threads: null, workers: null, engine: local, ray_address: null, log_level: info, "
+        "tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
     )
     return tmp_path
 
