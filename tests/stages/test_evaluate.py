@@ -108,6 +108,26 @@ def test_metrics_are_flat_numbers_per_task_measure_and_figure(workplace: Path) -
         assert found == {(measure, figure) for measure in expected for figure in figures} | extra
 
 
+def test_texts_are_scored_and_unwanted_answers_are_counted_and_left_out(workplace: Path) -> None:
+    texts = {
+        split: [
+            records.make(kind="text", text=f"{number} quick foxes", group="", source="s", task="text")
+            for number in numbers
+        ]
+        for split, numbers in (("train", range(3)), ("test", range(5, 7)))
+    }
+    unwanted = records.make(
+        row(20, "words")["messages"], kind="unpaired", label="false", group="", source="s", task="w"
+    )
+    records.write(Path("data/splits/train.parquet"), texts["train"])
+    records.write(Path("data/splits/test.parquet"), [*texts["test"], unwanted])
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    metrics = files.read_json(Path("metrics/evaluate.json"))
+    assert (metrics["rows/test"], metrics["rows/unusable/unwanted"]) == (2, 1)
+    assert metrics["test/text/loss/base"] > 0
+    assert "foxes" in Path("reports/evaluation/index.html").read_text()
+
+
 def test_two_runs_give_the_same_bytes(workplace: Path) -> None:
     outputs = [
         Path("reports/evaluation/predictions.parquet"),

@@ -75,13 +75,18 @@ def test_a_measure_that_does_not_apply_leaves_no_key(rows) -> None:
     assert comparison.main_measure(lines, "parameters").measure == "rouge_l"
 
 
+CALLING = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look_up"}}]}
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     lines = comparison.compare(rows, SETTINGS)
     return evaluation_page.render(
         lines,
         rows,
         comparison.metrics(lines) | {"test/parameters/loss/base_16bit": 1.25},
-        questions={row["id"]: [{"role": "user", "content": "Which </pre><script> parameters?"}] for row in rows},
+        questions={
+            row["id"]: [{"role": "user", "content": "Which </pre><script> parameters?"}, CALLING] for row in rows
+        },
         limits={task: 20 for task in {row["task"] for row in rows}},
         curve=[
             {"step": "0", "loss": "2.0", "val_loss": "2.1"},
@@ -101,6 +106,10 @@ def test_the_page_says_the_verdict_first_in_one_sentence(rows) -> None:
         "On parameters, the tuned model is better than the base model, with and without examples"
     )
     assert heading[1].count(". ") == 0
+
+
+def test_a_turn_that_only_calls_a_tool_is_shown(rows) -> None:
+    assert "look_up" in page(rows)
 
 
 def test_without_a_sure_difference_the_page_does_not_claim_one(rows) -> None:
