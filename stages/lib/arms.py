@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import chat, fewshot, generation, reading, records, scoring
+from stages.lib import chat, fewshot, generation, prefill, records, scoring
 from stages.lib.measures import SCORES, applicable, library
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.pack import Labels
@@ -186,7 +186,7 @@ def answer(
     found: dict[int, Answered] = {}
     room = max(max_new_tokens, *(len(question.answer) for question in asked))
     prompts = [question.prompt for question in asked]
-    for read in reading.in_batches(model, prompts, room=room, batch_size=batch_size):
+    for read in prefill.in_batches(model, prompts, room=room, batch_size=batch_size):
         likelihoods = scoring.after(read, [asked[row].answer for row in read.rows])
         rows = list(read.rows)
         written = generation.after(read, stop_ids=stop_ids, max_new_tokens=max_new_tokens)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from stages.lib import reading
+from stages.lib import prefill
 
 CROWD = 0.75  # rows that have ended leave the batch once this share or less goes on: each leaving copies the cache
 
@@ -34,13 +34,13 @@ def greedy(
     Args: prompts: T_i token ids each, at least one. max_new_tokens: limit per row, the stop token not counted.
     """
     found: dict[int, Generated] = {}
-    for read in reading.in_batches(model, prompts, room=max_new_tokens, batch_size=batch_size):
+    for read in prefill.in_batches(model, prompts, room=max_new_tokens, batch_size=batch_size):
         found |= zip(read.rows, after(read, stop_ids=stop_ids, max_new_tokens=max_new_tokens), strict=True)
     return [found[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()
-def after(read: reading.Read, *, stop_ids: Collection[int], max_new_tokens: int) -> list[Generated]:
+def after(read: prefill.Read, *, stop_ids: Collection[int], max_new_tokens: int) -> list[Generated]:
     """Continue a batch of prompts that were read. This uses the batch up: lines leave it as they end."""
     written: list[list[int]] = [[] for _ in read.rows]
     stopped = [False] * len(read.rows)

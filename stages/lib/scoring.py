@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from stages.lib import reading
+from stages.lib import prefill
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ def answer_likelihoods(
     """
     found: dict[int, Likelihood] = {}
     room = max((len(answer) for answer in answers), default=0)
-    for read in reading.in_batches(model, prompts, room=room, batch_size=batch_size):
+    for read in prefill.in_batches(model, prompts, room=room, batch_size=batch_size):
         found |= zip(read.rows, after(read, [answers[row] for row in read.rows]), strict=True)
     return [found[row] for row in range(len(prompts))]
 
 
 @torch.inference_mode()
-def after(read: reading.Read, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
+def after(read: prefill.Read, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
     """Score one answer per line of a batch of prompts that were read; the batch stays ready to be continued.
 
     Answers are padded on the right: attention looks back only, so no answer token sees padding. Log-softmax is taken
@@ -47,7 +47,7 @@ def after(read: reading.Read, answers: Sequence[Sequence[int]]) -> list[Likeliho
         width = max(len(answer) for answer in written) - 1  # the last token of an answer predicts nothing scored
         if width:
             device = read.mask.device
-            inputs = [[*answer[:-1], *[reading.PAD] * (width - len(answer) + 1)] for answer in written]
+            inputs = [[*answer[:-1], *[prefill.PAD] * (width - len(answer) + 1)] for answer in written]
             mask = torch.cat([read.mask[lines], read.mask.new_ones(len(written), width)], dim=1)
             spots = read.next_positions()[lines, None] + torch.arange(width, device=device)
             rest = read.forward(lines, torch.tensor(inputs, device=device), mask, spots, keep=width)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.lib import generation, reading, scoring
+from stages.lib import generation, prefill, scoring
 
 LENGTHS = (3, 11, 7, 1, 18, 7, 2, 9)
 STOP = 7
@@ -36,7 +36,7 @@ def answers() -> list[list[int]]:
 @pytest.fixture(params=[16, 3], autouse=True)
 def lines_per_pass(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch read and scored in one pass, and in several."""
-    monkeypatch.setattr(reading, "LINES_PER_PASS", request.param)
+    monkeypatch.setattr(prefill, "LINES_PER_PASS", request.param)
 
 
 @torch.inference_mode()
@@ -71,7 +71,7 @@ def test_likelihoods_equal_those_of_the_plain_model_whatever_the_batch(model, pr
 
 def test_prompts_without_a_common_beginning_are_read_alike(model, prompts, answers) -> None:
     others = [[300 + place, *prompt] for place, prompt in enumerate(prompts)]
-    assert reading.common_prefix(others) == 0
+    assert prefill.common_prefix(others) == 0
     found = generation.greedy(model, others, stop_ids=[], max_new_tokens=4, batch_size=8)
     assert [row.ids for row in found] == [plain_continuation(model, prompt, 4) for prompt in others]
     likelihoods = scoring.answer_likelihoods(model, others, answers, batch_size=8)
@@ -96,7 +96,7 @@ def test_a_stop_token_right_after_the_limit_still_counts_as_stopping(model, prom
 
 
 def test_scoring_leaves_the_read_prompts_ready_to_be_continued(model, prompts, answers) -> None:
-    for read in reading.in_batches(model, prompts, room=12, batch_size=8):
+    for read in prefill.in_batches(model, prompts, room=12, batch_size=8):
         scoring.after(read, [answers[row] for row in read.rows])
         rows = list(read.rows)
         found = generation.after(read, stop_ids=[], max_new_tokens=6)
@@ -104,16 +104,16 @@ def test_scoring_leaves_the_read_prompts_ready_to_be_continued(model, prompts, a
 
 
 def test_the_common_beginning_leaves_each_row_a_token() -> None:
-    assert reading.common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == 2
-    assert reading.common_prefix([[1, 2], [1, 2, 3]]) == 1
-    assert reading.common_prefix([[1]]) == 0
+    assert prefill.common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert prefill.common_prefix([[1, 2], [1, 2, 3]]) == 1
+    assert prefill.common_prefix([[1]]) == 0
 
 
 def test_padding_stands_on_the_left_and_positions_count_tokens_only() -> None:
-    ids, mask = reading.left_padded([[5, 6], [7]], torch.device("cpu"))
+    ids, mask = prefill.left_padded([[5, 6], [7]], torch.device("cpu"))
     assert ids.tolist() == [[5, 6], [0, 7]]
     assert mask.tolist() == [[1, 1], [0, 1]]
-    assert reading.positions(mask).tolist() == [[0, 1], [0, 0]]
+    assert prefill.positions(mask).tolist() == [[0, 1], [0, 0]]
 
 
 def test_no_prompts_give_no_answers(model) -> None:
