@@ -125,11 +125,16 @@ def _forkserver() -> ForkServerContext:
     """Workers are forked from a process without threads (forking one with threads may hang) that has imported what this
     one has of the project, so that each starts within milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("stages.")))
+    context.set_forkserver_preload(_imported())
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with _environment({**SINGLE_THREADED, "PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
+
+
+def _imported() -> list[str]:
+    """The project's modules that this process has imported."""
+    return sorted(name for name in sys.modules if name.startswith("stages."))
 
 
 @contextmanager

@@ -57,6 +57,12 @@ def killed(number: int) -> int:
     return number
 
 
+@pytest.fixture(autouse=True)
+def little_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else workers import what all other tests have, torch among it."""
+    monkeypatch.setattr(engine, "_imported", lambda: ["stages.lib.engine"])
+
+
 def use(monkeypatch: pytest.MonkeyPatch, *, workers: int | None, threads: int | None = None) -> None:
     runtime = Runtime(threads, workers, Engine.local, ray_address=None, log_level="info", tracking_uri=None)
     monkeypatch.setattr(engine, "_runtime", runtime)
