@@ -211,6 +211,7 @@ def test_the_card_has_metadata_results_and_limits(exported: Path) -> None:
     assert re.search(r"\| parameters, field F1: [+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", q8_0)
 
 
+@pytest.mark.slow
 def test_a_format_further_than_its_limit_breaks_the_gate_and_leaves_nothing(inside: Path) -> None:
     before = digests(Path("models"))
     with pytest.raises(GateError, match=r"gguf_q8_0: mean KL .* at most 1e-12(.|\n)*export.max_kl"):
@@ -288,6 +289,7 @@ def test_a_missing_converter_is_one_message_and_nothing_half_written(
     assert digests(Path("models")) == before
 
 
+@pytest.mark.slow
 def test_a_tokenizer_the_converter_does_not_know_names_the_key(inside: Path) -> None:
     with pytest.raises(ModelError, match=r"does not know this tokenizer.*export.gguf_pre_tokenizer"):
         quantize_export.main(params(gguf_pre_tokenizer=None))

@@ -60,6 +60,7 @@ def test_on_a_gpu_uv_does_not_see_wheels_among_which_a_cpu_build_would_win() -> 
     assert variables(environ, has_gpu=False) == environ
 
 
+@pytest.mark.slow
 def test_a_registry_out_of_reach_is_one_message_and_nothing_counts_as_installed(repo: Path) -> None:
     (repo / ".venv").mkdir()
     (repo / ".venv/installed").touch()  # of an earlier lock
