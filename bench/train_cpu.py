@@ -89,12 +89,12 @@ def summary(found: dict[str, list[dict[str, float]]], plain: str) -> dict[str, A
 def train_as_the_stage(p: Params, steps: int) -> dict[str, float]:
     """The training loop of qlora_train on its own packs, without evaluations and samples between the steps."""
     numerics.settle(p.numerics, p.runtime.threads)
-    from stages.lib import models, qlora, training
+    from stages.lib import adapters, models, training
 
     packs = packing.read(Path("data/packed/train"))
     packs = packs[: steps * p.train.batch_size * p.train.gradient_accumulation_steps]
     numerics.seed_everything(p.seed, p.numerics)
-    model = qlora.add_adapter(models.load_base(BASE, p.numerics), p.lora)
+    model = adapters.add_adapter(models.load_base(BASE, p.numerics), p.lora)
     tokenizer = chat.load_tokenizer(BASE)
     trained = training.train(
         model,
@@ -119,13 +119,13 @@ def flop_per_token(model: Any, labelled: float) -> float:
 
     2 forward and 2 backward per frozen weight, 6 per adapter weight, and the head where a label is.
     """
-    from stages.lib import qlora
+    from stages.lib import adapters
 
     base = model.get_base_model()
     layers = dict(base.named_modules())
-    names = [name for name in qlora.linear_layers(base) if ".lora_" not in name]
+    names = [name for name in adapters.linear_layers(base) if ".lora_" not in name]
     frozen = sum(layers[name].in_features * layers[name].out_features for name in names)
-    adapter = sum(parameter.numel() for parameter in qlora.trainable(model).values())
+    adapter = sum(parameter.numel() for parameter in adapters.trainable(model).values())
     return 4 * frozen + 6 * adapter + 4 * labelled * base.get_output_embeddings().weight.numel()
 
 
@@ -196,13 +196,13 @@ def matrix_product_limit(p: Params, steps: int) -> dict[str, float]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stages.lib import qlora
+    from stages.lib import adapters
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE, local_files_only=True))
     layers = dict(base.named_modules())
     n = p.pack.max_tokens * p.train.batch_size
-    shapes = [(layers[name].out_features, layers[name].in_features) for name in qlora.linear_layers(base)]
+    shapes = [(layers[name].out_features, layers[name].in_features) for name in adapters.linear_layers(base)]
     flop = seconds = 0.0
     for out_features, in_features in sorted(set(shapes)):
         weight, x, g = (torch.randn(s) for s in ((out_features, in_features), (n, in_features), (n, out_features)))

@@ -25,7 +25,7 @@ class Params:
 def main(p: Params) -> None:
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import models, qlora, training  # torch, once numerics are settled
+    from stages.lib import adapters, models, training  # torch, once numerics are settled
 
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
@@ -34,7 +34,7 @@ def main(p: Params) -> None:
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
-    model = qlora.add_adapter(model, p.lora)
+    model = adapters.add_adapter(model, p.lora)
     trained = training.train(
         model,
         packs,
@@ -46,8 +46,8 @@ def main(p: Params) -> None:
         seed=p.seed,
     )
     with files.replacing(Path("models/adapter")) as folder:
-        qlora.save(model, folder)
-        files.write_json(folder / "trained.json", qlora.describe(model, p.lora, resolved))
+        adapters.save(model, folder)
+        files.write_json(folder / "trained.json", adapters.describe(model, p.lora, resolved))
         files.write_jsonl(folder / "samples.jsonl", trained.samples)
     files.write_csv(Path("plots/train.csv"), trained.curve)
     tracking.report("qlora_train", trained.metrics, trained.measured)

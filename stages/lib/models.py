@@ -3,25 +3,22 @@
 Nothing here runs code of a model folder, reaches the network or reads a pickle.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from stages.lib import files, numerics
+from stages.lib import files, numerics, unpacking
 from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
 
-__all__ = ["dequantized", "load_base", "load_dense", "load_tokenizer", "load_tuned", "unpacked"]
+__all__ = ["load_base", "load_dense", "load_tokenizer", "load_tuned"]
 
 
 def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedModel:
@@ -49,7 +46,7 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
             # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
             # form that has no backward: the gradients of every later step are wrong, without a word. Not here.
             layer.support_avx512bf16_for_cpu = False
-    return _densify(model, compute) if dense and getattr(model, "is_quantized", False) else model
+    return unpacking.densify(model, compute) if dense and getattr(model, "is_quantized", False) else model
 
 
 def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -> PeftModel:
@@ -88,54 +85,6 @@ def load_dense(folder: Path, n: Numerics) -> PreTrainedModel:
     if "quantization_config" in _config(folder):
         raise ModelError(f"{folder}: weights are quantized, expected 16 or 32 bit. Use load_base for a 4-bit folder.")
     return _from_folder(folder, numerics.resolve(n))
-
-
-def dequantized(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> torch.Tensor:
-    """The values a 4-bit layer multiplies with, (out, in), as its own forward unpacks them."""
-    if (kept := layer.__dict__.get("unpacked")) is not None and kept.dtype == dtype:
-        return cast(torch.Tensor, kept)
-    state = layer.weight.quant_state
-    absmax = state.absmax
-    if state.nested:
-        outer = state.state2
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, outer.absmax, outer.code, outer.blocksize, torch.float32
-        )
-        absmax = absmax + state.offset
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        layer.weight.data.view(-1, 1), absmax, state.blocksize, state.quant_type, state.shape, dtype
-    )
-
-
-@contextmanager
-def unpacked(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Keep the values of 4-bit layers at hand for many passes over few tokens, where unpacking would take most time.
-
-    On CPU, and for layers that compute with `dequantized`; a GPU multiplies packed weights as fast.
-    """
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.weight.device.type == "cpu"]
-    for layer in layers:
-        layer.__dict__["unpacked"] = dequantized(layer, dtype)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.__dict__["unpacked"]
-
-
-def _densify(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replace each 4-bit layer by a Linear that holds its dequantized values."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, bnb.nn.Linear4bit):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(dequantized(layer, dtype), requires_grad=False)
-            if layer.bias is not None:
-                plain.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
-            model.set_submodule(name, plain.train(layer.training))
-    # An ordinary model now: PEFT and save_pretrained look at these marks.
-    model.hf_quantizer.remove_quantization_config(model)
-    model.is_loaded_in_4bit = False
-    return model
 
 
 def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stages.lib import models, numerics, qlora
+from stages.lib import adapters, models, numerics, unpacking
 from stages.lib.errors import ModelError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
@@ -26,10 +26,10 @@ def test_unpacked_weights_give_the_same_bits_and_are_let_go(adapter: Path, tiny_
     model = models.load_tuned(tiny_model_dir, adapter, NF4)
     before = logits(model)
     layer = next(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
-    with models.unpacked(model, torch.float32):
-        assert models.dequantized(layer, torch.float32) is models.dequantized(layer, torch.float32)
+    with unpacking.unpacked(model, torch.float32):
+        assert unpacking.dequantized(layer, torch.float32) is unpacking.dequantized(layer, torch.float32)
         assert torch.equal(logits(model), before)
-    assert models.dequantized(layer, torch.float32) is not models.dequantized(layer, torch.float32)
+    assert unpacking.dequantized(layer, torch.float32) is not unpacking.dequantized(layer, torch.float32)
 
 
 def test_vector_functions_are_set_up_before_weights_are_read(
@@ -53,11 +53,11 @@ def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """An adapter that does something: B drawn at random instead of zero."""
     folder = tmp_path_factory.mktemp("tuned") / "adapter"
     torch.manual_seed(0)
-    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), Lora(4, 8.0, 0.0, "all-linear"))
-    for name, parameter in qlora.trainable(model).items():
+    model = adapters.add_adapter(models.load_base(tiny_model_dir, NF4), Lora(4, 8.0, 0.0, "all-linear"))
+    for name, parameter in adapters.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    qlora.save(model, folder)
+    adapters.save(model, folder)
     return folder
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.lib import chat, models, numerics, packing, qlora, scoring, training
+from stages.lib import adapters, chat, loss, models, numerics, packing, scoring, training
 from stages.lib.errors import GateError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
@@ -53,7 +53,7 @@ def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
 
 def fit(folder: Path, tokenizer: Any, p: Train, *, lora: Lora = LORA, seed: int = 0, prepared: Any = None) -> Any:
     numerics.seed_everything(seed, NF4)
-    model = prepared or qlora.add_adapter(models.load_base(folder, NF4), lora)
+    model = prepared or adapters.add_adapter(models.load_base(folder, NF4), lora)
     trained = training.train(
         model,
         packs(tokenizer),
@@ -64,7 +64,7 @@ def fit(folder: Path, tokenizer: Any, p: Train, *, lora: Lora = LORA, seed: int 
         resolved=numerics.resolve(NF4),
         seed=seed,
     )
-    return trained, {name: value.detach().clone() for name, value in qlora.trainable(model).items()}
+    return trained, {name: value.detach().clone() for name, value in adapters.trainable(model).items()}
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -130,12 +130,12 @@ def test_answers_in_a_pack_are_as_likely_as_evaluation_finds_them_alone(
     table = pa.concat_tables(packing.packs(packing.Tokens.of(list(rows.items())), max_tokens=256))
     (pack,) = packing.packs_of(table)
     torch.manual_seed(0)
-    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
-    for name, parameter in qlora.trainable(model).items():
+    model = adapters.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
+    for name, parameter in adapters.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
-    batch = training.end_to_end([vars(pack)])
-    packed, n_labels = training.answer_nll(model.train(is_training), batch)
+    batch = loss.end_to_end([vars(pack)])
+    packed, n_labels = loss.answer_nll(model.train(is_training), batch)
     documents = packing.documents(pack)
     alone = scoring.answer_likelihoods(
         model.eval(), [d.prompt for d in documents], [d.answer for d in documents], batch_size=4
@@ -143,7 +143,7 @@ def test_answers_in_a_pack_are_as_likely_as_evaluation_finds_them_alone(
     assert n_labels == sum(likelihood.n_tokens for likelihood in alone)
     assert packed.item() == pytest.approx(sum(likelihood.nll for likelihood in alone), rel=1e-5)
     batch["position_ids"] = torch.arange(len(pack.input_ids))[None]  # one document: each answer sees those before it
-    together, _ = training.answer_nll(model, batch)
+    together, _ = loss.answer_nll(model, batch)
     assert together.item() != pytest.approx(packed.item(), rel=1e-4)  # so that the comparison could have failed
 
 
@@ -162,7 +162,7 @@ def scripted(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> list[dict[
     rest = iter(losses)
 
     def validation_loss(trainer: training.PackedTrainer, *, with_adapter: bool = True) -> float:
-        seen.append({name: value.detach().clone() for name, value in qlora.trainable(trainer.model).items()})
+        seen.append({name: value.detach().clone() for name, value in adapters.trainable(trainer.model).items()})
         return next(rest)
 
     monkeypatch.setattr(training.PackedTrainer, "validation_loss", validation_loss)
@@ -206,8 +206,8 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(tiny_model_dir: Path, 
 
 def test_an_adapter_that_does_not_start_at_the_base_stops_the_run(tiny_model_dir: Path, tokenizer: Any) -> None:
     torch.manual_seed(0)
-    model = qlora.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
-    for name, parameter in qlora.trainable(model).items():
+    model = adapters.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
+    for name, parameter in adapters.trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_()
     with pytest.raises(GateError, match=r"the first loss is .* the base's on the same tokens"):

@@ -1,4 +1,4 @@
-"""The adapter: where it sits, that the fast layer is PEFT's layer, and that packed documents do not see each other."""
+"""Fast layers and attention: PEFT's and SDPA's functions, and packed documents do not see each other."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,51 +10,16 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit
 
-from stages.lib import files, models, numerics, qlora
-from stages.lib.errors import ConfigError
+from stages.lib import adapters, kernels, models
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
 
 NF4 = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.nf4, True)
-ATTENTION, MLP = ["k_proj", "o_proj", "q_proj", "v_proj"], ["down_proj", "gate_proj", "up_proj"]
 
 
 @pytest.fixture(scope="module")
 def load(tiny_model_dir: Path) -> Callable[[], Any]:
     return lambda: models.load_base(tiny_model_dir, NF4)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "last_parts", "n"),
-    [
-        ("all-linear", sorted([*ATTENTION, *MLP]), 14),
-        ("attention", ATTENTION, 8),
-        ("mlp", MLP, 6),
-        (["q_proj", "v_proj"], ["q_proj", "v_proj"], 4),
-    ],
-)
-def test_targets_are_named_by_group_or_by_name(
-    load: Callable[[], Any], wanted: Any, last_parts: list[str], n: int
-) -> None:
-    base = load()
-    targets = qlora.resolve_targets(base, wanted)
-    assert len(targets) == n
-    assert qlora.short_names(base, targets) == last_parts
-
-
-def test_a_single_layer_is_named_in_full(load: Callable[[], Any]) -> None:
-    base = load()
-    targets = qlora.resolve_targets(base, ["0.mlp.up_proj"])
-    assert targets == ["model.layers.0.mlp.up_proj"]
-    assert qlora.short_names(base, targets) == targets
-
-
-@pytest.mark.parametrize("wanted", [["query"], ["q_proj", "query"], ["lm_head"], ["proj"]])
-def test_names_that_match_nothing_are_refused_even_beside_others_that_do(
-    load: Callable[[], Any], wanted: list[str]
-) -> None:
-    with pytest.raises(ConfigError, match=rf"lora\.target_modules: \['{wanted[-1]}'\] of .*'down_proj', 'gate_proj'"):
-        qlora.add_adapter(load(), Lora(4, 4.0, 0.0, wanted))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -67,7 +32,7 @@ def test_the_fused_layer_is_pefts_layer(dropout: float, bias: bool) -> None:
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout)
     x = torch.randn(2, 9, 128)
     found = []
-    for layer_class in (Linear4bit, qlora.FusedLora):
+    for layer_class in (Linear4bit, kernels.FusedLora):
         torch.manual_seed(1)
         layer = layer_class(base, "default", config=config, r=4, lora_alpha=8)
         layer.lora_B["default"].weight.data.normal_()
@@ -82,14 +47,14 @@ def test_the_fused_layer_is_pefts_layer(dropout: float, bias: bool) -> None:
 
 
 def test_the_adapter_is_trained_through_the_fused_layer_only(load: Callable[[], Any]) -> None:
-    model = qlora.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear"))
-    assert sum(isinstance(layer, qlora.FusedLora) for layer in model.modules()) == 14
-    assert all("lora_" in name for name in qlora.trainable(model))
+    model = adapters.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear"))
+    assert sum(isinstance(layer, kernels.FusedLora) for layer in model.modules()) == 14
+    assert all("lora_" in name for name in adapters.trainable(model))
 
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_packed_documents_are_computed_as_if_alone(load: Callable[[], Any], is_training: bool) -> None:
-    model = qlora.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear")).train(is_training)
+    model = adapters.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear")).train(is_training)
     documents = [torch.arange(5, 25), torch.arange(30, 37), torch.arange(40, 90)]
     lengths = [len(document) for document in documents]
     packed = model(
@@ -107,37 +72,20 @@ def test_packed_documents_are_computed_as_if_alone(load: Callable[[], Any], is_t
 def test_a_sliding_window_is_kept_inside_a_document() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
-    narrow, _ = qlora.document_attention(torch.nn.Module(), q, k, v, None, document_lengths=[12], sliding_window=3)
-    last, _ = qlora.document_attention(
+    narrow, _ = kernels.document_attention(torch.nn.Module(), q, k, v, None, document_lengths=[12], sliding_window=3)
+    last, _ = kernels.document_attention(
         torch.nn.Module(), q[:, :, -3:], k[:, :, -3:], v[:, :, -3:], None, document_lengths=[3]
     )
     torch.testing.assert_close(narrow[:, -1], last[:, -1])
-    wide, _ = qlora.document_attention(torch.nn.Module(), q, k, v, None, document_lengths=[12])
+    wide, _ = kernels.document_attention(torch.nn.Module(), q, k, v, None, document_lengths=[12])
     assert not torch.allclose(narrow[:, -1], wide[:, -1])
 
 
 def test_padded_batches_are_still_masked(load: Callable[[], Any]) -> None:
-    model = qlora.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear")).eval()
+    model = adapters.add_adapter(load(), Lora(4, 4.0, 0.0, "all-linear")).eval()
     short, long = torch.arange(5, 12), torch.arange(20, 40)
     ids = torch.stack([torch.cat([torch.zeros(13, dtype=torch.long), short]), long])
     mask = torch.stack([torch.tensor([0] * 13 + [1] * 7), torch.ones(20, dtype=torch.long)])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     both = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(both[0, 13:], model(input_ids=short[None]).logits[0], rtol=1e-4, atol=1e-4)
-
-
-def test_the_saved_configuration_is_sorted_and_names_no_machine(load: Callable[[], Any], tmp_path: Path) -> None:
-    model = qlora.add_adapter(load(), Lora(4, 8.0, 0.0, ["v_proj", "q_proj"]))
-    qlora.save(model, tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    config = files.read_json(tmp_path / "adapter" / "adapter_config.json")
-    assert config["target_modules"] == ["q_proj", "v_proj"]
-    assert config["base_model_name_or_path"] == "models/base"
-    assert str(tmp_path.anchor + "tmp") not in (tmp_path / "adapter" / "adapter_config.json").read_text()
-    described = qlora.describe(model, Lora(4, 8.0, 0.0, ["v_proj", "q_proj"]), numerics.resolve(NF4))
-    assert described["modules"] == [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
-    assert described["scaling"] == 2.0
-    assert described["parameters"] == sum(p.numel() for p in qlora.trainable(model).values())
