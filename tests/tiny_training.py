@@ -44,12 +44,21 @@ def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
     return [pack for row in rows for table in packing.packs(row, max_tokens=256) for pack in packing.packs_of(table)]
 
 
-def fit(folder: Path, tokenizer: Any, p: Train, *, lora: Lora = LORA, seed: int = 0, prepared: Any = None) -> Any:
+def fit(
+    folder: Path,
+    tokenizer: Any,
+    p: Train,
+    *,
+    lora: Lora = LORA,
+    seed: int = 0,
+    prepared: Any = None,
+    rows: Any = None,
+) -> Any:
     numerics.seed_everything(seed, NF4)
     model = prepared or adapters.add_adapter(models.load_base(folder, NF4), lora)
     trained = training.train(
         model,
-        packs(tokenizer),
+        rows or packs(tokenizer),
         packs(tokenizer, 3),
         p,
         tokenizer=tokenizer,

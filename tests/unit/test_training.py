@@ -41,18 +41,10 @@ def test_another_seed_gives_another_adapter(tiny_model_dir: Path, tokenizer: Any
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "checkpointing"), [(2, 2, False), (1, 4, False), (4, 1, True)])
-def test_how_a_step_is_cut_into_batches_does_not_change_it(
-    tiny_model_dir: Path, tokenizer: Any, batch_size: int, accumulation: int, checkpointing: bool
-) -> None:
+def test_a_batch_of_four_is_four_batches_of_one(tiny_model_dir: Path, tokenizer: Any) -> None:
     """Six packs of unequal answers make a step of four and one of two, however these are computed."""
     whole = replace(TRAIN, batch_size=4, evals_per_epoch=1)
-    cut = replace(
-        whole,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointing,
-    )
+    cut = replace(whole, batch_size=1, gradient_accumulation_steps=4)
     lora = replace(LORA, dropout=0.0)
     (one, _), (other, _) = (fit(tiny_model_dir, tokenizer, p, lora=lora) for p in (whole, cut))
     assert len(one.curve) == len(other.curve) == 2
