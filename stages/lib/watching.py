@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 2
 """Optimizer steps left out of the measured speed: allocation and first use of every kernel."""
+
+
+STATE = ("base_loss", "best_loss", "best_step", "without_gain", "val_loss")
+"""Attributes of a Watch that a checkpoint keeps, beside curve, samples and best adapter."""
 
 
 @dataclass
@@ -56,11 +60,12 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         n = min(self.p.evals_per_epoch * math.ceil(self.p.epochs), state.max_steps)
         self.planned = {round(state.max_steps * (i + 1) / n) for i in range(n)}
-        self.val_loss = self.base_loss = self.trainer.validation_loss(with_adapter=False)
         self.started = time.monotonic()
-        self.bar = tqdm(total=state.max_steps, desc="qlora_train", unit="step", disable=None)
-        self._say(f"step 0/{state.max_steps}: validation loss {self.base_loss:.4f} (the base)")
-        tracking.log_step(0, {"val/loss": self.base_loss})
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="qlora_train", unit="step", disable=None)
+        if state.global_step == 0:  # otherwise restored
+            self.val_loss = self.base_loss = self.trainer.validation_loss(with_adapter=False)
+            self._say(f"step 0/{state.max_steps}: validation loss {self.base_loss:.4f} (the base)")
+            tracking.log_step(0, {"val/loss": self.base_loss})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), self.trainer.tokens_seen
@@ -158,3 +163,15 @@ class Watch(TrainerCallback):
 
     def _say(self, line: str) -> None:
         tqdm.write(line)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What a resumed training needs to go on as if it had not stopped: JSON values, and the best adapter so far."""
+        values = {name: getattr(self, name) for name in STATE}
+        return values | {"curve": self.trained.curve, "samples": self.trained.samples}, self.best
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state` gave, before the training begins."""
+        for name in STATE:
+            setattr(self, name, values[name])
+        self.trained.curve, self.trained.samples = list(values["curve"]), list(values["samples"])
+        self.best = dict(tensors)
