@@ -1,9 +1,14 @@
-"""make clean: free the disk of what can be made again: cached outputs no branch or experiment uses, temporary runs."""
+"""make clean: free the disk of what can be made again: cached outputs no branch or experiment uses, temporary runs.
+
+Also the resume points of trainings that were killed and not continued; those of running ones stay.
+"""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from stages.lib import checkpoints
 
 
 def main() -> int:
@@ -17,6 +22,8 @@ def main() -> int:
         return 2
     for folder in (*Path(".dvc/tmp/exps").glob("tmp*"), Path("dvc_plots")):
         shutil.rmtree(folder, ignore_errors=True)
+    for run in checkpoints.sweep():
+        print(f"{run}: resume points of a training that is gone, deleted")
     command = ["dvc", "gc", "--workspace", "--all-branches", "--all-experiments", "--force"]
     print(" ".join(command), flush=True)
     return subprocess.run(command, check=False).returncode

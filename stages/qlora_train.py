@@ -5,10 +5,10 @@ samples.jsonl), plots/train.csv and metrics/qlora_train.json.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages.lib import chat, files, numerics, packing, stage, tracking
+from stages.lib import chat, checkpoints, files, numerics, packing, stage, tracking
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.train import Train
@@ -36,24 +36,31 @@ def main(p: Params) -> None:
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
     model = adapters.add_adapter(model, p.lora)
-    trained = training.train(
-        model,
-        packs,
-        validation,
-        p.train,
-        tokenizer=tokenizer,
-        stop_ids=chat.stop_ids(tokenizer, base),
-        resolved=resolved,
-        seed=p.seed,
-    )
-    with files.replacing(Path("models/adapter")) as folder:
-        adapters.save(model, folder)
-        described = adapters.describe(model, p.lora, resolved) | {"ended": trained.ended}
-        files.write_json(folder / "trained.json", described)
-        files.write_jsonl(folder / "samples.jsonl", trained.samples)
-    files.write_csv(Path("plots/train.csv"), trained.curve)
-    tracking.report("qlora_train", trained.metrics, trained.measured)
+    determining = asdict(p) | {"resolved": asdict(resolved), "arithmetic": numerics.arithmetic()}
+    with checkpoints.claimed(checkpoints.key("qlora_train", determining)) as points:
+        trained = training.train(
+            model,
+            packs,
+            validation,
+            p.train,
+            tokenizer=tokenizer,
+            stop_ids=chat.stop_ids(tokenizer, base),
+            resolved=resolved,
+            seed=p.seed,
+            checkpoints=points,
+        )
+        with files.replacing(Path("models/adapter")) as folder:
+            adapters.save(model, folder)
+            described = adapters.describe(model, p.lora, resolved) | {
+                "determinism": resolved.determinism,
+                "ended": trained.ended,
+            }
+            files.write_json(folder / "trained.json", described)
+            files.write_jsonl(folder / "samples.jsonl", trained.samples)
+        files.write_csv(Path("plots/train.csv"), trained.curve)
+        tracking.report("qlora_train", trained.metrics, trained.measured)
+        points.remove()
 
 
 if __name__ == "__main__":
-    stage.run("qlora_train", main, Params)
+    stage.run("qlora_train", main, Params, start=checkpoints.start)

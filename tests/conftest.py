@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MKL_CBWR", "AVX512,STRICT")  # as a stage sets them, before torch is imported
 os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
 for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
@@ -89,7 +90,15 @@ def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.lib import engine
     from stages.lib.schema.runtime import Engine, Runtime
 
-    one = Runtime(None, workers=1, engine=Engine.local, ray_address=None, log_level="info", tracking_uri=None)
+    one = Runtime(
+        None,
+        workers=1,
+        engine=Engine.local,
+        ray_address=None,
+        log_level="info",
+        tracking_uri=None,
+        checkpoint_minutes=2,
+    )
     monkeypatch.setattr(engine, "_runtime", one)
 
 

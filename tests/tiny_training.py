@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stages.lib import adapters, chat, models, numerics, packing, training
+from stages.lib import adapters, chat, checkpoints, models, numerics, packing, training
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
 from stages.lib.schema.train import Optimizer, Scheduler, Train
@@ -53,17 +53,20 @@ def fit(
     seed: int = 0,
     prepared: Any = None,
     rows: Any = None,
+    n: int = 6,
+    points: checkpoints.Checkpoints | None = None,
 ) -> Any:
     numerics.seed_everything(seed, NF4)
     model = prepared or adapters.add_adapter(models.load_base(folder, NF4), lora)
     trained = training.train(
         model,
-        rows or packs(tokenizer),
+        rows or packs(tokenizer, n),
         packs(tokenizer, 3),
         p,
         tokenizer=tokenizer,
         stop_ids=chat.stop_ids(tokenizer, folder),
         resolved=numerics.resolve(NF4),
         seed=seed,
+        checkpoints=points,
     )
     return trained, {name: value.detach().clone() for name, value in adapters.trainable(model).items()}

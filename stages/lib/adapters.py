@@ -342,4 +342,5 @@ def describe(model: PeftModel, p: Lora, resolved: numerics.Resolved) -> dict[str
         "scaling": p.scaling if p.method in LOW_RANK else None,
         "adapter_dtype": resolved.adapter_dtype,
         "compute_dtype": resolved.compute_dtype,
+        "determinism": resolved.determinism,
     }

@@ -45,6 +45,14 @@ def _vector_extension() -> str:
     return "AVX512" if cpuinfo.exists() and "avx512f" in cpuinfo.read_text() else "AVX2"
 
 
+DETERMINISM = {
+    (Determinism.strict, "cpu"): "bit-equal",
+    (Determinism.strict, "cuda"): "deterministic kernels",  # where there are some; bitsandbytes' 4-bit ones are
+    (Determinism.loose, "cpu"): "not enforced",
+    (Determinism.loose, "cuda"): "not enforced",
+}
+
+
 @dataclass(frozen=True)
 class Resolved:
     """What `auto` came to. Dtypes by their torch names, so that asking does not need torch."""
@@ -52,6 +60,7 @@ class Resolved:
     device: str
     compute_dtype: str
     adapter_dtype: str
+    determinism: str  # what a repeat gives: see DETERMINISM
     reason: str
 
 
@@ -82,7 +91,19 @@ def resolve(numerics: Numerics) -> Resolved:
     if adapter == "auto":
         adapter = "float32"
         reason += ", adapters float32 (small updates survive)"
-    return Resolved(device, compute, adapter, reason)
+    determinism = DETERMINISM[numerics.determinism, device]
+    return Resolved(device, compute, adapter, determinism, f"{reason}, a repeat is {determinism}")
+
+
+def arithmetic() -> dict[str, str]:
+    """What the last bits of a result depend on beside parameters, data and code: libraries' code paths and devices."""
+    import torch
+
+    settled = {
+        name: os.environ.get(name, "") for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG")
+    }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return settled | {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
 
 
 def start_vector_math() -> None:

@@ -1,17 +1,22 @@
 """The training loop: TRL's SFTTrainer on packed sequences, watched: a broken run stops, the best checkpoint is kept."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from stages.lib import adapters, numerics, optimisation, packing
+from stages.lib.checkpoints import Checkpoints
 from stages.lib.errors import GateError
 from stages.lib.loss import answer_nll, end_to_end
 from stages.lib.schema.train import Train
@@ -31,8 +36,11 @@ def train(
     stop_ids: Sequence[int],
     resolved: numerics.Resolved,
     seed: int,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train the adapter, and leave the one with the lowest validation loss in the model.
+
+    Args: checkpoints: where the training saves how far it is, and goes on from: to the same bytes as without a break.
 
     Raises: GateError, when the loss starts away from the base's, becomes NaN, infinite or zero, or an adapter tensor
     never moved.
@@ -41,11 +49,29 @@ def train(
     prompting = Prompting(tokenizer, stop_ids, documents[: p.samples], p.sample_tokens)
     with TemporaryDirectory() as scratch:
         trainer = PackedTrainer(model, packs, validation, p, tokenizer, resolved, seed=seed, output_dir=scratch)
-        watch = Watch(trainer, p, prompting)
+        watch = trainer.watch = Watch(trainer, p, prompting)
         trainer.add_callback(watch)
-        trainer.train()
+        point = None
+        if checkpoints:
+            trainer.checkpoints = checkpoints
+            trainer.add_callback(Saving(checkpoints))
+            point = checkpoints.newest()
+        trainer.train(resume_from_checkpoint=str(point) if point else None)
     watch.finish()
     return watch.trained
+
+
+class Saving(TrainerCallback):
+    """Asks for a checkpoint when one is due, and after each evaluation, which is long to repeat."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = self.checkpoints.is_due()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = True
 
 
 class PackedTrainer(SFTTrainer):
@@ -55,6 +81,8 @@ class PackedTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by compute_loss; the trainer must not divide by the batches of a step again
+    watch: Watch
+    checkpoints: Checkpoints
 
     def __init__(
         self,
@@ -123,6 +151,35 @@ class PackedTrainer(SFTTrainer):
                 total, n = total + nll.double().item(), n + n_labels
         model.train()
         return total / n
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a point to go on from; none at the end, which the callbacks' say to stop would not survive."""
+        if not self.control.should_training_stop:
+            self.checkpoints.save(self.state.global_step, self._write_state)
+
+    def _write_state(self, folder: Path) -> None:
+        values, best = self.watch.state()
+        counts = {"tokens_seen": self.tokens_seen, "labels_seen": self.labels_seen}
+        (folder / "progress.json").write_text(json.dumps({"trainer": counts, "watch": values}))
+        save_file(best, folder / "best.safetensors")
+        save_file({n: w.detach() for n, w in adapters.trainable(self.model).items()}, folder / "adapter.safetensors")
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The adapter as it was, with its dtype, and what the watch knew; the rest of a point is read by Trainer."""
+        folder = Path(resume_from_checkpoint)
+        found = json.loads((folder / "progress.json").read_text())
+        self.tokens_seen, self.labels_seen = (found["trainer"][name] for name in ("tokens_seen", "labels_seen"))
+        parameters, device = adapters.trainable(self.model), str(self.args.device)
+        self.watch.restore(found["watch"], load_file(folder / "best.safetensors", device=device))
+        stored = load_file(folder / "adapter.safetensors", device=device)
+        assert stored.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert (stored[name].dtype, stored[name].shape) == (parameter.dtype, parameter.shape)
+            parameter.data = stored[name]
+        print(f"qlora_train: goes on after {folder.name}")
 
     @torch.no_grad()
     def _check_start(self, inputs: dict[str, torch.Tensor]) -> None:

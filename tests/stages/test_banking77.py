@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Split:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None))
+        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None, 2))
         prepare.main(config.load(prepare.Params, given, ROOT / "params.yaml"))
         dedup_split.main(config.load(dedup_split.Params, given, ROOT / "params.yaml"))
     return Split(folder, [row[0] for row in (copied, shouted, quoted)])

@@ -146,7 +146,7 @@ def test_the_number_of_workers_changes_no_byte(in_tmp: Path, monkeypatch: pytest
     rows = corpus(400)
     run(rows, noise=0.2, shards=4)
     before = written()
-    monkeypatch.setattr(engine, "_runtime", Runtime(None, 2, Engine.local, None, "warning", None))
+    monkeypatch.setattr(engine, "_runtime", Runtime(None, 2, Engine.local, None, "warning", None, 2))
     run(rows, noise=0.2, shards=4)
     assert written() == before
 

@@ -84,7 +84,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_are_cut_and_spread(
     before = shards()
     write(*(dict(reversed(row.items())) if isinstance(row, dict) else row for row in rows))
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(engine, "_runtime", Runtime(None, workers, Engine.local, None, "info", None))
+    monkeypatch.setattr(engine, "_runtime", Runtime(None, workers, Engine.local, None, "info", None, 2))
     run()
     assert {name: sha for name, sha in shards().items() if name != "rejected.jsonl"} == {
         name: sha for name, sha in before.items() if name != "rejected.jsonl"

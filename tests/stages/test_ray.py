@@ -50,7 +50,15 @@ def cluster() -> Iterator[Any]:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, name: Engine, address: str | None = None) -> None:
-    runtime = Runtime(threads=None, workers=2, engine=name, ray_address=address, log_level="info", tracking_uri=None)
+    runtime = Runtime(
+        threads=None,
+        workers=2,
+        engine=name,
+        ray_address=address,
+        log_level="info",
+        tracking_uri=None,
+        checkpoint_minutes=2,
+    )
     monkeypatch.setattr(engine, "_runtime", runtime)
 
 

@@ -36,7 +36,7 @@ def digests() -> dict[Path, str]:
 
 
 def use_workers(n: int) -> None:
-    engine.start(Runtime(None, n, Engine.local, None, "info", None))
+    engine.start(Runtime(None, n, Engine.local, None, "info", None, 2))
 
 
 def test_it_packs_both_splits_and_reports_where_tokens_went(in_tmp: Path, tiny_model_dir: Path) -> None:

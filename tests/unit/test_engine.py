@@ -64,7 +64,9 @@ def little_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, *, workers: int | None, threads: int | None = None) -> None:
-    runtime = Runtime(threads, workers, Engine.local, ray_address=None, log_level="info", tracking_uri=None)
+    runtime = Runtime(
+        threads, workers, Engine.local, ray_address=None, log_level="info", tracking_uri=None, checkpoint_minutes=2
+    )
     monkeypatch.setattr(engine, "_runtime", runtime)
 
 

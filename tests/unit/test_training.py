@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.lib import adapters, chat, loss, models, packing, scoring
+from stages.lib import adapters, chat, checkpoints, loss, models, packing, scoring, training
 from stages.lib.errors import GateError
 from stages.lib.schema.numerics import ComputeDtype
 from tests.tiny_training import LORA, NF4, TRAIN, conversations, fit, packs
@@ -34,6 +34,48 @@ def test_the_same_seed_gives_the_same_bytes_on_one_thread_and_on_two(tiny_model_
     assert_equal(found[0][1], found[1][1])
     assert_equal(found[1][1], found[2][1])
     assert found[0][0].curve == found[1][0].curve == found[2][0].curve
+
+
+class Killed(BaseException):
+    """The process is gone: nothing catches it, nothing is cleaned up."""
+
+
+def test_a_training_killed_again_and_again_ends_with_the_same_bytes(
+    tiny_model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs of three steps, the last of each from half a window; dropout on; a point at every step.
+
+    Killed within a half full window, while a point is written, and within the second epoch.
+    """
+    p = replace(TRAIN, epochs=2.0, gradient_accumulation_steps=2, evals_per_epoch=1, samples=1)
+    whole, adapter = fit(tiny_model_dir, tokenizer, p, n=5)
+    monkeypatch.setattr(checkpoints, "_minutes", 0)
+    answer_nll, save_rng = training.answer_nll, training.PackedTrainer._save_rng_state
+    for forward, write in ((4, 0), (0, 2), (5, 0)):  # the how manieth forward pass or writing is the last
+        left = {"forward": forward, "write": write}
+
+        def until(name: str, left: dict[str, int] = left) -> None:
+            left[name] -= 1
+            if left[name] == 0:
+                raise Killed(name)
+
+        def forward_pass(model: Any, inputs: Any, until: Any = until) -> Any:
+            if model.training:
+                until("forward")
+            return answer_nll(model, inputs)
+
+        def writing(trainer: Any, folder: str, until: Any = until) -> None:
+            until("write")
+            save_rng(trainer, folder)
+
+        monkeypatch.setattr(training, "answer_nll", forward_pass)
+        monkeypatch.setattr(training.PackedTrainer, "_save_rng_state", writing)
+        with pytest.raises(Killed, match=r"forward|write"):
+            fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+    assert [point.name for point in sorted(tmp_path.glob("step-*"))] == ["step-00000003", "step-00000004"]
+    resumed, again = fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+    assert_equal(adapter, again)
+    assert (whole.curve, whole.samples, whole.metrics) == (resumed.curve, resumed.samples, resumed.metrics)
 
 
 def test_another_seed_gives_another_adapter(tiny_model_dir: Path, tokenizer: Any) -> None:
