@@ -2,8 +2,8 @@
 
     python -m commands.lm_eval [numerics.device=cpu ...]
 
-Both define one thing alike: the negative log-likelihood of a row's reference after its prompt. Weights, tokens and that
-definition are the same; prompt handling, batching and summation are lm-eval's own. The task is data/lm_eval/answers.yaml.
+Both define one thing alike: the negative log-likelihood of a row's reference after its prompt. Weights, tokens and
+that definition are the same; batching, positions and summation are lm-eval's own. Its task: data/lm_eval/answers.yaml.
 Exit status: 0 they agree, 1 they do not, 2 there is nothing to compare.
 """
 
@@ -137,9 +137,7 @@ def as_text(tokenizer: Any, wanted: set[str]) -> list[dict[str, str]]:
     return found
 
 
-def compared(
-    tuned: Sequence[Mapping[str, Any]], found: Mapping[str, tuple[float, bool]]
-) -> dict[str, Compared]:
+def compared(tuned: Sequence[Mapping[str, Any]], found: Mapping[str, tuple[float, bool]]) -> dict[str, Compared]:
     """Both harnesses' figures by task, over the rows that both scored."""
     lines = {}
     for task in sorted({row["task"] for row in tuned}):
@@ -155,9 +153,7 @@ def compared(
                 sum(row["answer"].strip() == row["reference"].strip() for row in rows) / len(rows),
                 sum(found[row["id"]][1] for row in rows) / len(rows),
             ),
-            farthest=max(
-                abs(row["nll"] - value) / row["n_tokens"] for row, value in zip(rows, nll, strict=True)
-            ),
+            farthest=max(abs(row["nll"] - value) / row["n_tokens"] for row, value in zip(rows, nll, strict=True)),
         )
     return lines
 
