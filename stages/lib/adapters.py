@@ -28,9 +28,11 @@ def add_adapter(base: PreTrainedModel, p: Lora) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     if base.device.type == "cpu":
-        config._register_custom_module({bnb.nn.Linear4bit: kernels.FusedLora})
+        config._register_custom_module({bnb.nn.Linear4bit: kernels.FusedLora, nn.Linear: kernels.FusedLinear})
     base.set_attn_implementation(kernels.DOCUMENTS)
-    return get_peft_model(base, config, autocast_adapter_dtype=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    kernels.quicken(model)
+    return model
 
 
 def linear_layers(base: PreTrainedModel) -> list[str]:
