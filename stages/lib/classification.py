@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import chat, prefill
+from stages.lib import chat, prefill, scoring
 from stages.lib.schema.pack import Labels
 
 MAX_LABELS = 500
@@ -128,12 +128,25 @@ def label_likelihoods(
     trie, names = Trie.of(list(answers.values())), list(answers)
     room = 2 * len(trie)
     longest = max((len(prompt) for prompt in prompts), default=0)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and longest + int(trie.depths.max()) >= window:
+        return _one_by_one(model, prompts, list(answers.values()), batch_size=batch_size)
     batch_size = max(1, min(batch_size, COLUMNS // (longest + room)))
     found = np.full((len(prompts), len(names)), math.inf)
     for read in prefill.in_batches(model, prompts, room=room, batch_size=batch_size):
         sure = None if references is None else [names.index(references[row]) for row in read.rows]
         found[read.rows] = _Search(read, trie, len(names)).run(sure)
     return found
+
+
+def _one_by_one(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], *, batch_size: int
+) -> np.ndarray:
+    """The same without a trie, for layers that look back less far than a prompt is long: its mask knows no distance."""
+    columns = [
+        scoring.answer_likelihoods(model, prompts, [answer] * len(prompts), batch_size=batch_size) for answer in answers
+    ]
+    return np.array([[each.nll for each in column] for column in columns]).T
 
 
 class _Search:

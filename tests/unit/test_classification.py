@@ -38,16 +38,20 @@ def model(tiny_model_dir: Path) -> Any:
     return tuned.eval()
 
 
-def one_by_one(model: Any, prompts: list[list[int]] = PROMPTS) -> np.ndarray:
+def one_by_one(model: Any) -> np.ndarray:
     """Every label of every prompt, each scored as an answer of its own."""
     columns = [
-        scoring.answer_likelihoods(model, prompts, [answer] * len(prompts), batch_size=8) for answer in ANSWERS.values()
+        scoring.answer_likelihoods(model, PROMPTS, [answer] * len(PROMPTS), batch_size=8) for answer in ANSWERS.values()
     ]
     return np.array([[each.nll for each in column] for column in columns]).T
 
 
-@pytest.mark.parametrize("attention", ["sdpa", kernels.DOCUMENTS])
-@pytest.mark.parametrize("with_adapter", [True, False])
+@pytest.fixture(scope="module")
+def expected(model: Any) -> np.ndarray:
+    return one_by_one(model)
+
+
+@pytest.mark.parametrize(("with_adapter", "attention"), [(True, kernels.DOCUMENTS), (False, "sdpa")])
 def test_every_label_is_as_likely_as_when_it_is_scored_alone(model: Any, with_adapter: bool, attention: str) -> None:
     model.base_model.model.set_attn_implementation(attention)
     with nullcontext() if with_adapter else model.disable_adapter():
@@ -57,20 +61,17 @@ def test_every_label_is_as_likely_as_when_it_is_scored_alone(model: Any, with_ad
     assert np.ptp(expected, axis=0).min() > 0.01  # the prompts matter
 
 
-@pytest.mark.parametrize("tokens_per_pass", [1, 5, 256])
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("batch_size", "tokens_per_pass"), [(1, 256), (3, 5), (8, 1)])
 def test_where_references_are_known_the_best_label_and_theirs_are_exact_and_no_other_is_better(
-    model: Any, batch_size: int, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, expected: np.ndarray, batch_size: int, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classification, "TOKENS_PER_PASS", tokens_per_pass)
-    expected = one_by_one(model)
-    for label in ANSWERS:
-        found = label_likelihoods(model, PROMPTS, ANSWERS, batch_size=batch_size, references=[label] * len(PROMPTS))
-        column = list(ANSWERS).index(label)
-        assert found.argmin(axis=1).tolist() == expected.argmin(axis=1).tolist()
-        assert np.abs(found.min(axis=1) - expected.min(axis=1)).max() < 1e-4
-        assert np.abs(found[:, column] - expected[:, column]).max() < 1e-4
-        assert np.abs(found - expected)[np.isfinite(found)].max() < 1e-4
+    references = list(ANSWERS)[1:]  # another of each row
+    found = label_likelihoods(model, PROMPTS, ANSWERS, batch_size=batch_size, references=references)
+    assert found.argmin(axis=1).tolist() == expected.argmin(axis=1).tolist()
+    for figures, exact in ((found.min(axis=1), expected.min(axis=1)), (found.diagonal(1), expected.diagonal(1))):
+        assert np.abs(figures - exact).max() < 1e-4
+    assert np.abs(found - expected)[np.isfinite(found)].max() < 1e-4
 
 
 @torch.inference_mode()
@@ -90,6 +91,16 @@ def test_long_labels_are_read_to_the_end_when_reserved_columns_run_out(
     found = label_likelihoods(model, PROMPTS, answers, batch_size=8, references=["5"] * 5)
     expected = label_likelihoods(model, PROMPTS, answers, batch_size=8)
     assert found.argmin(axis=1).tolist() == expected.argmin(axis=1).tolist()
+
+
+def test_labels_behind_a_prompt_longer_than_a_layer_looks_back_are_scored_one_by_one(model: Any) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 325, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, sliding_window=8, head_dim=64)
+    near = MistralForCausalLM(config).eval()
+    assert np.abs(label_likelihoods(near, PROMPTS, ANSWERS, batch_size=8) - one_by_one(near)).max() < 1e-4
 
 
 def test_a_trie_holds_each_beginning_once_and_parents_before_children() -> None:
