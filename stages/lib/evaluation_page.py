@@ -19,6 +19,7 @@ WORST = 6  # worst tuned answers shown
 NAMES = {
     "loss": "Loss per token (nats)",
     "perplexity": "Perplexity",
+    "bits_per_byte": "Bits per byte",
     "exact_match": "Exact match",
     "json_valid": "Valid JSON",
     "field_f1": "Field F1",
@@ -29,6 +30,7 @@ NAMES = {
 MEANINGS = {
     "loss": "negative log-likelihood of the reference, end-of-turn included, per token; lower is better",
     "perplexity": "exponential of the loss; lower is better",
+    "bits_per_byte": "the loss over the bytes of the reference, fit for any tokenizer; lower is better",
     "exact_match": "answer and reference are the same text",
     "json_valid": "the whole answer is one JSON object, nothing around it",
     "field_f1": "F1 over pairs of name and value of the JSON object; white space is evened out, letter case counts",
@@ -127,7 +129,7 @@ def side_by_side(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     cards: dict[str, dict[str, Any]] = {}
     for row in sorted(predictions, key=lambda row: row["id"]):
         card = cards.setdefault(
-            row["id"], {"id": row["id"], "task": row["task"], "slice": row["slice"], "reference": row["reference"]}
+            row["id"], {"id": row["id"], "task": row["task"], "source": row["source"], "reference": row["reference"]}
         )
         card[row["arm"]] = row
     return list(cards.values())
