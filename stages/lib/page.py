@@ -1,4 +1,4 @@
-"""What the pages that people read have in common: one layout and style, no network, no scripts, no times."""
+"""What the pages that people read have in common: one layout and style, no network, no times."""
 
 from pathlib import Path
 from typing import Any
