@@ -90,7 +90,9 @@ def judge(asked: argparse.Namespace) -> tuple[dict[str, Any], int]:
         [request(each, questions[pair.id], references[pair.id], asked) for each in (pair, pair.swapped())]
         for pair in shown
     ]
-    recorded = chat_endpoint.Responses(Path("runs") / f"{_file(asked.model).stem}.jsonl")
+    record = Path("runs") / f"{_file(asked.model).stem}.jsonl"
+    record.parent.mkdir(exist_ok=True)
+    recorded = chat_endpoint.Responses(record)
     missing = [body for both in bodies for body in both if body not in recorded]
     with ExitStack() as stack:
         endpoint = chat_endpoint.opened(asked.url, asked.gguf, asked.timeout, stack)

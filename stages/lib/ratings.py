@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.lib import bootstrap, records
+from stages.lib import bootstrap, comparison, records
 from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate
 
@@ -104,7 +104,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Rated:
-    """scores: by rater, people together first, all tasks before each. ignored: choices between answers since changed."""
+    """scores: by rater, people together first, all tasks before each. ignored: choices of answers since changed."""
 
     scores: Sequence[Score] = ()
     agreements: Sequence[Agreement] = ()
@@ -159,7 +159,7 @@ def read(folder: Path = FOLDER) -> list[Choice]:
 
 
 def _choice(file: Path, place: str, pair: Any, content: Mapping[str, Any]) -> Choice:
-    optional = {"orders": list} if isinstance(pair, dict) and "orders" in pair else {}
+    optional: dict[str, type] = {"orders": list} if isinstance(pair, dict) and "orders" in pair else {}
     _check(file, place, pair, _PAIR | optional)
     _one_of(file, f"{place}.choice", pair["choice"], CHOICES)
     if not re.fullmatch("[0-9a-f]{64}", pair["key"]):
@@ -229,21 +229,14 @@ def _outcome(choice: str, pair: Pair) -> float:
 def _score(
     kind: str, rater: str, task: str | None, outcomes: Mapping[str, float], bias: float | None, p: Evaluate
 ) -> Score:
-    from scipy.stats import binomtest  # a second to import
-
     values = [outcomes[row] for row in sorted(outcomes)]
-    found = bootstrap.paired(
-        values,
-        [0.5] * len(values),
-        [1] * len(values),
-        samples=p.bootstrap_samples,
-        confidence=p.confidence,
-        seed=p.seed,
+    rate = bootstrap.figure(bootstrap.mean, [values])
+    low, high = bootstrap.interval(
+        bootstrap.mean, [values], samples=p.bootstrap_samples, confidence=p.confidence, seed=p.seed
     )
     wins, losses = sum(value > 0.5 for value in values), sum(value < 0.5 for value in values)
-    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    rate, low, high = (0.5 + figure for figure in (found.delta, found.low, found.high))
-    return Score(rater, kind, task, wins, len(values) - wins - losses, losses, rate, low, high, p_value, bias)
+    ties = len(values) - wins - losses
+    return Score(rater, kind, task, wins, ties, losses, rate, low, high, comparison.sign_test(wins, losses), bias)
 
 
 def agreement(one: tuple[str, Mapping[str, float]], two: tuple[str, Mapping[str, float]]) -> Agreement:
