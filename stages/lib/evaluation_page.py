@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.lib import page
 from stages.lib.comparison import Line, Prediction, Slice, main_measure
-from stages.lib.measures import json_text
+from stages.lib.measures import classification, json_text
 from stages.lib.ratings import Rated
 from stages.lib.schema.evaluate import Evaluate
 
@@ -91,13 +91,15 @@ def render(
     model: str,
     p: Evaluate,
     slices: Sequence[Slice] = (),
+    forgetting: Sequence[Line] = (),
     rated: Rated | None = None,
 ) -> str:
     """The page as HTML.
 
     Args: metrics: of the stage, for what is no comparison of arms. questions: turns of each row's prompt, by row id.
         limits: new tokens allowed, by task. curve: rows of plots/train.csv. counts: metrics of dedup_split.
-        model: name of the base model. rated: what raters chose on rate.html.
+        model: name of the base model. forgetting: lines of general text, base and tuned.
+        rated: what raters chose on rate.html.
     """
     arms = {"base": "Base", "fewshot": f"Base + {p.fewshot} examples"}
     arms |= {arm: arm for line in lines for arm in line.arms if arm not in (*arms, "tuned")} | {"tuned": "Tuned"}
@@ -113,14 +115,14 @@ def render(
         strip=interval_strip,
         bar=bar,
         model=model,
-        verdict=re.split(r"(\([^()]*\))", verdict(lines, metrics)),
+        verdict=re.split(r"(\([^()]*\))", verdict(lines, forgetting)),
         tasks=[
             _task(task, lines, slices, [card for card in cards if card["task"] == task], arms)
             | {"limit": limits[task], "base_16bit": metrics.get(f"test/{task}/loss/base_16bit")}
             for task in sorted({line.task for line in lines})
         ],
         sources=sorted({card["source"] for card in cards}),
-        general=general(metrics),
+        forgetting=forgetting,
         rated=rated or Rated(),
         questions=questions,
         curve=training_curve(curve),
@@ -146,8 +148,8 @@ def _task(
 ) -> dict[str, Any]:
     main = main_measure(lines, task)
     by = dict.fromkeys(each.by for each in slices if each.task == task)
-    labelled = [card["tuned"] for card in cards if card["tuned"].get("label") is not None]
-    is_classified = "accuracy" in main.measure or bool(labelled and labelled[0].get("predicted"))
+    labelled = [card["tuned"] for card in cards if card["tuned"]["predicted"] is not None]
+    found = classification.confusion([row["label"] for row in labelled], [row["predicted"] for row in labelled])
     return {
         "name": task,
         "rows": len(cards),
@@ -162,13 +164,13 @@ def _task(
             ]
             for name in by
         },
-        "confusion": confusion([(row["label"], row["predicted"]) for row in labelled]) if is_classified else None,
+        "confusion": confusion(found) if labelled else None,
         "failures": failures(cards, main, list(arms)),
         "cards": cards[:KEPT],
     }
 
 
-def verdict(lines: Sequence[Line], metrics: Mapping[str, float]) -> str:
+def verdict(lines: Sequence[Line], forgetting: Sequence[Line] = ()) -> str:
     """What came out, in one sentence: the tuned model against every other arm on the main measure of each task.
 
     Tasks with the same outcome share one clause. Better than the base alone is not enough where the same is had by
@@ -180,9 +182,15 @@ def verdict(lines: Sequence[Line], metrics: Mapping[str, float]) -> str:
         clauses.setdefault(_relation(line), []).append(f"on {task} ({_figures(line)})")
     parts = [f"{relation} {_list(places)}" for relation, places in clauses.items()]
     sentence = "; ".join([f"the tuned model {parts[0]}", *(f"it {part}" for part in parts[1:])])
-    if text := general(metrics):
-        change = f"{text['name']} {brief(text['tuned'])} against {brief(text['base'])}"
-        sentence += f"; {text['finding']} ({change})"
+    for line in forgetting[:1]:
+        word = {
+            "better": "general text is not forgotten",
+            "worse": "general text is partly forgotten",
+            "cannot tell": "no forgetting of general text can be told",
+        }[line.verdict("base")]
+        change = 100 * line.against["base"].delta / line.arms["base"]
+        figures = f"{_named(line)} {brief(line.arms['tuned'])} against {brief(line.arms['base'])}"
+        sentence += f"; {word} ({figures}, {brief(change, sign=True)}%)"
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -214,33 +222,23 @@ def _relation(line: Line) -> str:
 
 def _figures(line: Line) -> str:
     """field F1 0.74 against 0.33, difference +0.41 [+0.31, +0.51]: against few-shot prompting where that was tried."""
-    name = NAMES[line.measure]
-    name = name[0].lower() + name[1:] if name[1:2].islower() and name != "chrF" else name
     hardest = "fewshot" if "fewshot" in line.against else next(iter(line.against))
     found = line.against[hardest]
     interval = f"{brief(found.delta, sign=True)} [{brief(found.low, sign=True)}, {brief(found.high, sign=True)}]"
     where = "" if found.n == line.n["tuned"] else f" on the same {found.n} rows"
-    return f"{name} {brief(line.arms['tuned'])} against {brief(line.arms[hardest])}, difference{where} {interval}"
+    return (
+        f"{_named(line)} {brief(line.arms['tuned'])} against {brief(line.arms[hardest])}, difference{where} {interval}"
+    )
+
+
+def _named(line: Line) -> str:
+    """The measure's name inside a sentence: accuracy, ROUGE-L."""
+    name = NAMES[line.measure]
+    return name if name == "chrF" or name[1:2].isupper() else name[0].lower() + name[1:]
 
 
 def _list(words: Sequence[str]) -> str:
     return " and ".join(([", ".join(words[:-1])] if words[1:] else []) + [words[-1]])
-
-
-def general(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """What training made of general text, from metrics `general/<measure>/<figure>`; empty when it was not measured."""
-    measures = [name for name in ("perplexity", "bits_per_byte", "loss") if f"general/{name}/delta" in metrics]
-    if not measures:
-        return {}
-    figures = ("base", "tuned", "delta", "low", "high")
-    rows: list[dict[str, Any]] = [
-        {"name": NAMES[name], **{figure: metrics[f"general/{name}/{figure}"] for figure in figures}}
-        for name in measures
-    ]
-    low, high = rows[0]["low"], rows[0]["high"]
-    finding = "general text is partly forgotten" if low > 0 else "general text is not forgotten"
-    word = "worse" if low > 0 else "better" if high < 0 else "cannot tell"
-    return {**rows[0], "name": rows[0]["name"].lower(), "rows": rows, "finding": finding, "word": word}
 
 
 def side_by_side(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
@@ -264,7 +262,7 @@ def answers_table(predictions: Sequence[Prediction]) -> list[dict[str, str]]:
 
 def failure(row: Prediction) -> str | None:
     """The kind of failure of one answer, the first of FAILURES that it is, or None."""
-    if row.get("predicted") is not None:
+    if row["predicted"] is not None:
         return None if row["predicted"] == row["label"] else "wrong label"
     if row["exact_match"] == 1:
         return None
@@ -320,51 +318,49 @@ def worst(cards: Sequence[Mapping[str, Any]], main: Line) -> list[Mapping[str, A
     return sorted(cards, key=order)
 
 
-def confusion(found: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def confusion(found: classification.Confusion) -> dict[str, Any]:
     """Labels against predictions as a heat map in a box of 10 x 10 per cell, the pairs confused most, figures by label.
-
-    Args: found: (label, predicted) of each row.
 
     With more than LABELS labels, the map holds those with most errors.
     """
-    counts = Counter(found)
-    rows, columns = Counter(label for label, _ in found), Counter(predicted for _, predicted in found)
-    labels = sorted(rows | columns)
-    wrong = sorted(
-        ((n, pair) for pair, n in counts.items() if pair[0] != pair[1]), key=lambda each: (-each[0], each[1])
-    )
-    errors = Counter(label for n, pair in wrong for label in pair for _ in range(n))
-    shown = sorted(sorted(labels, key=lambda label: (-errors[label], label))[:LABELS])
-    place = {label: number for number, label in enumerate(shown)}
-    by_label = []
-    for label in labels:
-        right = counts[label, label]
-        f1 = 2 * right / (rows[label] + columns[label])
-        recall, precision = (
-            right / rows[label] if rows[label] else None,
-            right / columns[label] if columns[label] else None,
-        )
-        by_label.append({"label": label, "n": rows[label], "recall": recall, "precision": precision, "f1": f1})
+    counts, mistakes = found.counts, found.mistakes()
+    rows, columns, right = counts.sum(axis=1).tolist(), counts.sum(axis=0).tolist(), counts.diagonal().tolist()
+    names = dict(enumerate(found.labels))
+    errors = {place: rows[place] + columns[place] - 2 * right[place] for place in names}
+    shown = sorted(sorted(names, key=lambda place: (-errors[place], names[place]))[:LABELS])
+    cells = [
+        {
+            "x": 10 * x,
+            "y": 10 * y,
+            "kind": "right" if row == column else "wrong",
+            "opacity": f"{(counts[row, column] / rows[row]) ** 0.5:.2f}",
+            "title": f"{names[row]} \N{RIGHTWARDS ARROW} {names[column]}: {counts[row, column]} of {rows[row]}",
+        }
+        for y, row in enumerate(shown)
+        for x, column in enumerate(shown)
+        if counts[row, column]
+    ]
+    of_label = dict(zip(found.labels, rows, strict=True))
+    by_label = [
+        {
+            "label": name,
+            "n": rows[place],
+            "recall": right[place] / rows[place] if rows[place] else None,
+            "precision": right[place] / columns[place] if columns[place] else None,
+            "f1": 2 * right[place] / (rows[place] + columns[place]),
+        }
+        for place, name in names.items()
+    ]
     return {
-        "labels": shown,
-        "left_out": len(labels) - len(shown),
-        "cells": [
-            {
-                "x": 10 * place[predicted],
-                "y": 10 * place[label],
-                "kind": "right" if label == predicted else "wrong",
-                "opacity": f"{(n / rows[label]) ** 0.5:.2f}",
-                "title": f"{label} \N{RIGHTWARDS ARROW} {predicted}: {n} of {rows[label]}",
-            }
-            for (label, predicted), n in sorted(counts.items())
-            if label in place and predicted in place
-        ],
+        "labels": [names[place] for place in shown],
+        "left_out": len(names) - len(shown),
+        "cells": cells,
         "pairs": [
-            {"label": label, "predicted": predicted, "n": n, "share": n / rows[label]}
-            for n, (label, predicted) in wrong[:CONFUSED]
+            {"label": label, "predicted": predicted, "n": n, "share": n / of_label[label]}
+            for label, predicted, n in mistakes[:CONFUSED]
         ],
         "by_label": sorted(by_label, key=lambda each: (each["f1"], each["label"])),
-        "wrong": sum(n for n, _ in wrong),
+        "wrong": sum(n for _, _, n in mistakes),
     }
 
 
