@@ -7,7 +7,7 @@ without it everything is shown.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def render(
         percent=f"{100 * p.confidence:g}%",
         arms=arms,
         baselines=[arm for arm in arms if arm != "tuned"],
+        hardest=_hardest(arms),
         names=NAMES,
         shown=SHOWN,
         meanings={name: MEANINGS[name] for name in NAMES if any(line.measure == name for line in lines)},
@@ -222,13 +223,19 @@ def _relation(line: Line) -> str:
 
 def _figures(line: Line) -> str:
     """field F1 0.74 against 0.33, difference +0.41 [+0.31, +0.51]: against few-shot prompting where that was tried."""
-    hardest = "fewshot" if "fewshot" in line.against else next(iter(line.against))
+    hardest = _hardest(line.against)
     found = line.against[hardest]
     interval = f"{brief(found.delta, sign=True)} [{brief(found.low, sign=True)}, {brief(found.high, sign=True)}]"
     where = "" if found.n == line.n["tuned"] else f" on the same {found.n} rows"
     return (
         f"{_named(line)} {brief(line.arms['tuned'])} against {brief(line.arms[hardest])}, difference{where} {interval}"
     )
+
+
+def _hardest(arms: Iterable[str]) -> str:
+    """What is hardest to be better than: few-shot prompting, where it was tried."""
+    names = list(arms)
+    return "fewshot" if "fewshot" in names else names[0]
 
 
 def _named(line: Line) -> str:
