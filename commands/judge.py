@@ -65,11 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (PipelineError, OSError) as fault:
         print(f"judge: {fault}", file=sys.stderr)
         return 2
-    agreed = [pair for pair in found["pairs"] if len(set(pair["orders"])) == 1]
-    print(
-        f"{_file(asked.model)}: {len(found['pairs'])} pairs judged, {len(agreed)} alike in both orders, "
-        f"{without} without a verdict. `dvc repro` counts them."
-    )
+    agreed = sum(len(set(pair["orders"])) == 1 for pair in found["pairs"])
+    written = f"{_file(asked.model)} is what `dvc repro` counts." if found["pairs"] else "Nothing was written."
+    print(f"{len(found['pairs'])} pairs judged, {agreed} alike in both orders, {without} without a verdict. {written}")
     return 1 if without else 0
 
 
@@ -117,7 +115,8 @@ def judge(asked: argparse.Namespace) -> tuple[dict[str, Any], int]:
         "page": ratings.page_of(all_pairs),
         "pairs": rated,
     }
-    files.write_json(_file(asked.model), found)
+    if rated:
+        files.write_json(_file(asked.model), found)
     return found, len(shown) - len(rated)
 
 

@@ -20,7 +20,7 @@ SETTINGS = Evaluate(
     others={},
     base_16bit=False,
     general_text=GeneralText(package=None, files="", tokens=512, window=256),
-    bootstrap_samples=200,
+    bootstrap_samples=100,
     confidence=0.95,
 )
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
