@@ -81,6 +81,7 @@ class Score:
     high: float
     p_value: float
     same_place: float | None
+    confidence: float = 0.95
 
     @property
     def n(self) -> int:
@@ -88,8 +89,13 @@ class Score:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` for the tuned model, or `cannot tell` when the interval holds one half."""
-        return "cannot tell" if self.low <= 0.5 <= self.high else "better" if self.low > 0.5 else "worse"
+        """`better` or `worse` for the tuned model; `cannot tell` when the interval holds one half or too few decide.
+
+        Of few choices that are all alike the interval has no width: then the sign test alone keeps from a verdict.
+        """
+        if self.low <= 0.5 <= self.high or self.p_value > 1 - self.confidence:
+            return "cannot tell"
+        return "better" if self.low > 0.5 else "worse"
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,11 @@ def summarise(choices: Sequence[Choice], shown: Sequence[Pair], p: Evaluate) -> 
             of_task = {row: outcome for row, outcome in outcomes.items() if task_of[row] == task}
             if of_task:
                 scores.append(_score(kind, rater, task, of_task, None, p))
-    named = [(rater, outcomes) for _, rater, outcomes in groups if rater != TOGETHER]
-    agreements = [agreement(one, two) for one, two in itertools.combinations(named, 2) if one[1].keys() & two[1].keys()]
+    agreements = [
+        agreement((one, ours), (two, theirs))
+        for (_, one, ours), (kind, two, theirs) in itertools.combinations(groups, 2)
+        if ours.keys() & theirs.keys() and (one != TOGETHER or kind == "model")
+    ]
     return Rated(scores, agreements, len(choices) - len(counted))
 
 
@@ -236,13 +245,14 @@ def _score(
     )
     wins, losses = sum(value > 0.5 for value in values), sum(value < 0.5 for value in values)
     ties = len(values) - wins - losses
-    return Score(rater, kind, task, wins, ties, losses, rate, low, high, comparison.sign_test(wins, losses), bias)
+    p_value = comparison.sign_test(wins, losses)
+    return Score(rater, kind, task, wins, ties, losses, rate, low, high, p_value, bias, p.confidence)
 
 
 def agreement(one: tuple[str, Mapping[str, float]], two: tuple[str, Mapping[str, float]]) -> Agreement:
     """Cohen's kappa (1960) over win, tie and loss of the rows both judged. Args: name and outcome by row, of each."""
     rows = sorted(one[1].keys() & two[1].keys())
-    ours, theirs = ([outcomes[row] for row in rows] for outcomes in (one[1], two[1]))
+    ours, theirs = (np.sign([outcomes[row] - 0.5 for row in rows]).tolist() for outcomes in (one[1], two[1]))
     share = float(np.mean([a == b for a, b in zip(ours, theirs, strict=True)]))
     often, seen = Counter(ours), Counter(theirs)
     chance = sum(often[value] * seen[value] for value in often) / len(rows) ** 2

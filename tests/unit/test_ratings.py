@@ -75,6 +75,22 @@ def test_people_count_together_and_models_apart() -> None:
     assert (found.scores[0].wins, found.scores[0].ties, found.scores[0].n) == (2, 1, 3)
 
 
+def test_few_choices_that_are_all_alike_are_no_verdict() -> None:
+    for outcomes, said in (("www", "cannot tell"), ("w" * 8, "better"), ("l" * 8, "worse"), ("wl" * 4, "cannot tell")):
+        assert ratings.summarise(choices("anna", outcomes), shown(), SETTINGS).scores[0].verdict == said
+
+
+def test_a_model_is_held_against_each_person_and_all_of_them() -> None:
+    made = choices("anna", "wwl") + choices("ben", "wlt") + choices("judge-m", "wtl")
+    found = {each.raters: each.share for each in ratings.summarise(made, shown(), SETTINGS).agreements}
+    assert found == {
+        ("people", "judge-m"): 1.0,  # together: won, tied, lost
+        ("anna", "ben"): pytest.approx(1 / 3),
+        ("anna", "judge-m"): pytest.approx(2 / 3),
+        ("ben", "judge-m"): pytest.approx(1 / 3),
+    }
+
+
 def test_agreement_is_cohens_kappa_over_what_both_judged() -> None:
     from sklearn.metrics import cohen_kappa_score
 
