@@ -24,7 +24,7 @@ CURVES = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
-    "tokens": "train/tokens",
+    "tokens": "train/tokens_seen",
 }
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
 

@@ -196,7 +196,7 @@ def seen(tiny_model_dir: Path, tokenizer: Any) -> Seen:
 
 
 def test_live_curves_are_thinned_evenly_and_evaluations_are_points_of_their_own(seen: Seen) -> None:
-    curves = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+    curves = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
     every_second = {f"train/{name}" for name in curves} | {"system/peak_memory_mib"}
     assert [(step, set(values)) for step, values in seen.points] == [
         (0, {"val/loss"}),
