@@ -14,6 +14,8 @@ from transformers.integrations import neftune
 
 from stages.lib import adapters, chat, loss, models, numerics, optimisation, packing, training
 from stages.lib.errors import ConfigError
+from stages.lib.schema.lora import LOW_RANK, Lora, Method
+from stages.lib.schema.numerics import Quantization
 from stages.lib.schema.train import Optimizer, Scheduler, Train
 from tests.tiny_training import LORA, NF4, TRAIN, conversations, fit, packs
 
@@ -225,3 +227,22 @@ def test_noise_is_in_training_and_not_in_the_start_nor_in_evaluations(
     base = models.load_base(tiny_model_dir, NF4)
     nll, n = loss.answer_nll(base, loss.end_to_end([vars(pack) for pack in packs(tokenizer, 3)]))
     assert trained.metrics["val/loss/base"] == pytest.approx(nll.item() / n, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", Method)
+def test_every_method_goes_through_the_whole_loop(tiny_model_dir: Path, tokenizer: Any, method: Method) -> None:
+    """Start, gradients, the best adapter put back and measured again; with noise and, where it can, checkpointing."""
+    lora = Lora(4, 8.0, 0.1 if method in LOW_RANK else 0.0, "all-linear", method=method)
+    p = replace(
+        TRAIN,
+        epochs=2.0,
+        learning_rate=1.0e-4 if method is Method.full else 1.0e-2,
+        optimizer=Optimizer.adamw_torch_fused,
+        neftune_alpha=5.0,
+        gradient_checkpointing=method is not Method.prefix_tuning,
+    )
+    held = replace(NF4, quantization=Quantization.none) if method is Method.full else NF4
+    model = adapters.add_adapter(models.load_base(tiny_model_dir, held), lora)
+    trained, _ = fit(tiny_model_dir, tokenizer, p, prepared=model)
+    assert trained.metrics["val/loss/tuned"] < trained.metrics["val/loss/base"]
