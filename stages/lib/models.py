@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from stages.lib import files, numerics, unpacking
+from stages.lib import activations, files, numerics, unpacking
 from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
@@ -103,6 +103,8 @@ def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> P
         )
     except (OSError, ValueError) as fault:
         raise ModelError(f"{folder}: cannot load a causal language model from it: {fault}") from fault
+    if model.device.type == "cpu":
+        activations.steady(model)
     return model.eval()
 
 
