@@ -1,4 +1,4 @@
-"""Stage merge: merge the adapter into the base and measure the result against 4-bit base + adapter.
+"""Stage merge: merge the adapter into the base and measure the result against the quantized base + adapter.
 
 Reads models/base, models/adapter, data/splits; writes models/merged and metrics/merge.json.
 """
@@ -24,6 +24,7 @@ class Params:
 def main(p: Params) -> None:
     from stages.lib import fidelity, held_out, merging, models
 
+    merging.check_mergeable(ADAPTER)
     rows = held_out.conversations(Path("data/splits"), models.load_tokenizer(BASE), p.merge.rows)
     tuned = models.load_tuned(BASE, ADAPTER, p.numerics)
     expected = fidelity.reference(tuned, rows)

@@ -25,12 +25,13 @@ class Params:
 def main(p: Params) -> None:
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import adapters, models, training  # torch, once numerics are settled
+    from stages.lib import adapters, models, optimisation, training  # torch, once numerics are settled
 
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
+    optimisation.check(p.train, resolved)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
@@ -50,7 +51,8 @@ def main(p: Params) -> None:
         )
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder)
-            described = adapters.describe(model, p.lora, resolved) | {"determinism": resolved.determinism}
+            described = adapters.describe(model, p.lora, resolved)
+            described |= {"ended": trained.ended, "determinism": resolved.determinism}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)

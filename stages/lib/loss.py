@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from stages.lib import adapters
 from stages.lib.chat import IGNORED
 
 
@@ -21,6 +22,8 @@ def answer_nll(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple
     Only the hidden states that predict a labelled token go through the head: with a vocabulary of 49,152 and answers
     of a fifth of the tokens it would be a quarter of all work.
     """
+    if adapters.is_virtual(model):
+        return _document_by_document(model, inputs)
     labels = inputs["labels"][0]  # (T,)
     predicting = (labels[1:] != IGNORED).nonzero()[:, 0]  # (A,)
     starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
@@ -34,3 +37,21 @@ def answer_nll(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple
     )
     logits = output.logits[0].float()  # (A, V)
     return functional.cross_entropy(logits, labels[predicting + 1], reduction="sum"), len(predicting)
+
+
+def _document_by_document(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """answer_nll where virtual tokens stand before each document: these have no packed form."""
+    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    nll, n_labels = inputs["input_ids"].new_zeros((), dtype=torch.float32), 0
+    for start, end in zip(starts, [*starts[1:], inputs["labels"].shape[1]], strict=True):
+        labels = inputs["labels"][0, start:end]
+        predicting = (labels[1:] != IGNORED).nonzero()[:, 0]  # (A,)
+        if len(predicting):
+            # From the end, for prompt tuning puts its tokens before the others in the output, too.
+            output = model(
+                input_ids=inputs["input_ids"][:, start:end], logits_to_keep=predicting - len(labels), use_cache=False
+            )
+            logits = output.logits[0].float()
+            nll = nll + functional.cross_entropy(logits, labels[predicting + 1], reduction="sum")
+            n_labels += len(predicting)
+    return nll, n_labels

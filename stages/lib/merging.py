@@ -1,37 +1,60 @@
-"""Merge a LoRA adapter into ordinary weights: W + (alpha / r) B A, in float32, never in place on 4-bit weights.
+"""Merge an adapter into ordinary weights, in float32, never in place on quantized ones.
 
-merge.base     W
-dequantized    models/base through NF4 and back, the values the adapter was trained on
-original       models/base as it is
+method          merged
+low rank        W + s B A; dora: its rows scaled to the lengths that were learned
+ia3             W, its rows scaled, or its columns where the layer scales what goes in
+trained whole   the trained weights
+
+merge.base      W
+dequantized     models/base through numerics.quantization and back, the values the adapter was trained on
+original        models/base as it is
 """
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from stages.lib import chat, files, models
-from stages.lib.errors import ModelError
+from stages.lib import adapters, chat, files, models
+from stages.lib.errors import ConfigError, ModelError
 from stages.lib.schema.merge import Base, Dtype
 from stages.lib.schema.numerics import ComputeDtype, Numerics, Quantization
+
+
+def check_mergeable(adapter: Path) -> None:
+    """Is there a weight to merge into? Known without loading a model.
+
+    Raises: ConfigError, for virtual tokens.
+    """
+    method = files.read_json(adapter / "adapter_config.json")["peft_type"]
+    if method in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        raise ConfigError(
+            f"lora.method: {adapter} holds virtual tokens ({method.lower()}), which stand before a prompt and cannot "
+            "be merged into weights, expected another method for merge and quantize_export. Stop at `dvc repro "
+            "evaluate`, serve models/base with models/adapter through PEFT, or train lora.method=lora."
+        )
 
 
 def merge(base: Path, adapter: Path, into: Base, numerics: Numerics) -> PreTrainedModel:
     """The merged model in float32, an ordinary transformers model without a trace of PEFT.
 
-    Raises: ModelError, when the adapter does not fit, holds NaN, or changes nothing.
+    Raises: ConfigError, when the method cannot be merged. ModelError, when the adapter does not fit, holds NaN, or
+    changes nothing.
     """
+    check_mergeable(adapter)
     exact = replace(numerics, compute_dtype=ComputeDtype.float32, adapter_dtype=ComputeDtype.float32)
     if into is Base.original:
         exact = replace(exact, quantization=Quantization.none)
-    tuned = models.load_tuned(base, adapter, exact, dense=True)
-    changed = largest_update(tuned)
-    if not math.isfinite(changed):
+    if not all(tensor.isfinite().all() for tensor in load_file(adapter / "adapter_model.safetensors").values()):
         raise ModelError(f"{adapter}: holds NaN or infinity. Lower train.learning_rate and run qlora_train again.")
-    if changed == 0:
+    tuned = models.load_tuned(base, adapter, exact, dense=True)
+    if largest_update(tuned) == 0:
         raise ModelError(
             f"{adapter}: its update of every weight is zero, so the merged model would be the base. "
             "Train longer or with another train.learning_rate."
@@ -40,15 +63,19 @@ def merge(base: Path, adapter: Path, into: Base, numerics: Numerics) -> PreTrain
 
 
 def largest_update(tuned: PeftModel) -> float:
-    """The largest absolute change the adapter makes to a weight; NaN where one is NaN."""
-    updates = [
-        layer.get_delta_weight(name).abs().max()
-        for layer in tuned.modules()
-        if hasattr(layer, "get_delta_weight")
-        for name in layer.active_adapters
-        if name in layer.lora_A
-    ]
-    return torch.stack(updates).max().item() if updates else 0.0
+    """The largest absolute change the adapter makes: to a weight, or of an ia3 vector from the ones it starts with."""
+    found = [0.0]
+    for layer in tuned.modules():
+        if isinstance(layer, LoraLayer):
+            found.append(layer.get_delta_weight(adapters.NAME).abs().max().item())
+        elif isinstance(layer, IA3Layer):
+            found.append((layer.ia3_l[adapters.NAME] - 1).abs().max().item())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            pairs = zip(
+                layer.modules_to_save[adapters.NAME].parameters(), layer.original_module.parameters(), strict=True
+            )
+            found += [(one - other).abs().max().item() for one, other in pairs]
+    return max(found)
 
 
 def save(model: PreTrainedModel, base: Path, folder: Path, dtype: Dtype) -> None:

@@ -1,8 +1,9 @@
-"""The one place that loads models: the NF4 base as in training, base with adapter, and ordinary 16-bit folders.
+"""The one place that loads models: the base as in training, base with adapter, and ordinary 16-bit folders.
 
 Nothing here runs code of a model folder, reaches the network or reads a pickle.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
-from stages.lib import activations, files, numerics, unpacking
+from stages.lib import activations, adapters, files, numerics, unpacking
 from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
@@ -22,31 +23,43 @@ __all__ = ["load_base", "load_dense", "load_tokenizer", "load_tuned"]
 
 
 def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedModel:
-    """The frozen base: NF4 in blocks of 64, their scales quantized again when n.double_quantization.
+    """The frozen base, held as n.quantization says: 4-bit in blocks of 64, their scales quantized again when
+    n.double_quantization; 8-bit by rows; or at the compute type.
 
     Args: folder: 16-bit weights, quantized while loading, or a folder whose config.json says it is 4-bit already.
-        n: with quantization `none` the base stays at the compute type (LoRA instead of QLoRA).
-        dense: the same NF4 values as ordinary Linear layers in the compute type; on CPU equal to the bit, and faster
-        where weights are used more often than they are worth unpacking.
+        dense: the same values as ordinary Linear layers in the compute type. For 4 bits on CPU that is equal to the
+        bit, and faster where weights are used more often than they are worth unpacking; 8-bit layers round their
+        inputs, too, which dense ones do not.
     Raises: ModelError, when the folder is no model, or holds no safetensors.
     """
     resolved = numerics.resolve(n)
     compute = getattr(torch, resolved.compute_dtype)
     recipe = {}
-    if n.quantization is Quantization.nf4 and "quantization_config" not in _config(folder):
-        recipe["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=n.double_quantization,
-            bnb_4bit_compute_dtype=compute,
-        )
+    if n.quantization is not Quantization.none and "quantization_config" not in _config(folder):
+        recipe["quantization_config"] = _quantized(n, compute)
     model = _from_folder(folder, resolved, **recipe)
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
             # form that has no backward: the gradients of every later step are wrong, without a word. Not here.
             layer.support_avx512bf16_for_cpu = False
-    return unpacking.densify(model, compute) if dense and getattr(model, "is_quantized", False) else model
+    if not dense or not getattr(model, "is_quantized", False):
+        return model
+    return model.dequantize(compute) if n.quantization is Quantization.int8 else unpacking.densify(model, compute)
+
+
+def _quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
+    """n.quantization in the words of bitsandbytes."""
+    if n.quantization is Quantization.int8:
+        # It says so at every product that float32 goes in and float16 is rounded.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=str(n.quantization),
+        bnb_4bit_use_double_quant=n.double_quantization,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -> PeftModel:
@@ -60,9 +73,14 @@ def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -
             f"{adapter}: no adapter found, expected {weights.name} and adapter_config.json. Run qlora_train."
         )
     resolved = numerics.resolve(n)
-    model = PeftModel.from_pretrained(
-        load_base(base, n, dense=dense), adapter, torch_device=resolved.device, autocast_adapter_dtype=False
-    )
+    frozen = load_base(base, n, dense=dense)
+    known = set(map(id, frozen.parameters()))
+    try:
+        model = PeftModel.from_pretrained(
+            frozen, adapter, torch_device=resolved.device, autocast_adapter_dtype=False, low_cpu_mem_usage=False
+        )
+    except (RuntimeError, ValueError, KeyError) as fault:
+        raise ModelError(f"{adapter}: does not fit {base}: {fault}. Run qlora_train again.") from fault
     stored = load_file(weights)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if stored.keys() != expected.keys():
@@ -71,9 +89,10 @@ def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -
             f"{weights}: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected {unexpected[:2]}, "
             f"expected the {len(expected)} that adapter_config.json describes for {base}. Run qlora_train again."
         )
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
+    for parameter in model.parameters():
+        if id(parameter) not in known:
             parameter.data = parameter.data.to(getattr(torch, resolved.adapter_dtype))
+    adapters.keep_types(model)
     return model.eval()
 
 
@@ -88,7 +107,7 @@ def load_dense(folder: Path, n: Numerics) -> PreTrainedModel:
 
 
 def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> PreTrainedModel:
-    logging.disable_progress_bar()  # hundreds of lines for a load of seconds
+    disable_progress_bar()  # hundreds of lines for a load of seconds
     numerics.start_vector_math()
     try:
         model = AutoModelForCausalLM.from_pretrained(

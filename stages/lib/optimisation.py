@@ -1,9 +1,27 @@
-"""conf/train in the words of TRL: optimizer, schedule, accumulation."""
+"""conf/train in the words of TRL: optimizer, schedule, accumulation, noise, and when to evaluate."""
 
+import math
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from stages.lib import numerics
-from stages.lib.schema.train import Train
+from stages.lib.errors import ConfigError
+from stages.lib.schema.train import Optimizer, Train
+
+ON_GPU_ONLY = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit, Optimizer.paged_adamw_32bit)
+
+
+def check(p: Train, resolved: numerics.Resolved) -> None:
+    """Raise ConfigError when the optimizer does not exist on the device."""
+    if p.optimizer in ON_GPU_ONLY and resolved.device != "cuda":
+        raise ConfigError(
+            f"train.optimizer: found {p.optimizer} with numerics.device={resolved.device}, expected adamw_torch or "
+            "adamw_torch_fused there: bitsandbytes' optimizers need a GPU (numerics.device=cuda)."
+        )
 
 
 def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: str) -> SFTConfig:
@@ -17,13 +35,14 @@ def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: s
         per_device_train_batch_size=p.batch_size,
         per_device_eval_batch_size=p.batch_size,
         gradient_accumulation_steps=p.gradient_accumulation_steps,
+        optim=p.optimizer.value,
         lr_scheduler_type=p.scheduler.value,
         warmup_steps=p.warmup_ratio,
         weight_decay=p.weight_decay,
         max_grad_norm=p.max_grad_norm,
+        neftune_noise_alpha=p.neftune_alpha or None,
         gradient_checkpointing=p.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        optim="adamw_torch",
         bf16=resolved.device == "cuda" and resolved.compute_dtype == "bfloat16",
         use_cpu=resolved.device == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -35,3 +54,29 @@ def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: s
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def evaluations(p: Train, n_steps: int) -> list[int]:
+    """The optimizer steps after which to evaluate, in order; the last of n_steps is always one of them."""
+    if p.eval_steps:
+        return sorted({*range(p.eval_steps, n_steps, p.eval_steps), n_steps})
+    n = min(max(1, round(p.evals_per_epoch * p.epochs)), n_steps)
+    return [round(n_steps * (i + 1) / n) for i in range(n)]
+
+
+def scale_noise(model: PreTrainedModel, alpha: float) -> RemovableHandle:
+    """Let NEFTune's noise be as strong as if documents were not packed.
+
+    The hook of transformers draws from +-alpha / sqrt(T D) for a sequence of T tokens of width D. Packs laid end to end
+    make one sequence of n documents, whose noise would be the weaker the more of them a forward pass holds. Each
+    forward pass gets alpha sqrt(n), so that T counts as the mean length of its documents, whatever the batch size.
+
+    Args: model: called with position_ids, which are 0 where a document begins, or with one document without them.
+    """
+    embeddings = model.get_input_embeddings()
+
+    def scale(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        documents = int((kwargs["position_ids"] == 0).sum()) if "position_ids" in kwargs else 1
+        embeddings.neftune_noise_alpha = alpha * math.sqrt(documents)
+
+    return model.register_forward_pre_hook(scale, with_kwargs=True)

@@ -1,8 +1,9 @@
 """Let a model read prompts in batches, ready to score answers after them or to continue them.
 
-A prompt is read once and serves both. What all prompts begin with (the system turn, the examples of a few-shot prompt)
-is read once for all of them. Rows are padded on the left, so that every row's last token stands in the last column;
-positions count unmasked tokens only. Hence a row's numbers do not depend on the rows beside it, beyond float rounding.
+A prompt is read once and serves both. What all prompts begin with (virtual tokens, the system turn, the examples of a
+few-shot prompt) is read once for all of them. Rows are padded on the left, so that every row's last token stands in the
+last column; positions count unmasked tokens only. Hence a row's numbers do not depend on the rows beside it, beyond
+float rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+
+from stages.lib import adapters
 
 PAD = 0  # any valid id: padded positions are masked out of attention, and what is computed there is never read
 LINES_PER_PASS = 16  # enough for fast matrix products over many tokens; more lines only bring more padding
@@ -84,10 +87,13 @@ def in_batches(
     if not prompts:
         return
     shared = common_prefix(prompts)
-    prefix = _read_prefix(model, prompts[0][:shared]) if shared else []
+    columns = adapters.virtual_tokens(model) + shared
+    prefix = _read_prefix(model, prompts[0][:shared]) if columns else []
+    if adapters.is_virtual(model):
+        model = model.base_model  # its virtual tokens are in the prefix now
     for rows in by_length([len(prompt) for prompt in prompts], batch_size=batch_size):
         ids, tail_mask = left_padded([prompts[row][shared:] for row in rows], model.device)
-        mask = torch.cat([tail_mask.new_ones(len(rows), shared), tail_mask], dim=1)
+        mask = torch.cat([tail_mask.new_ones(len(rows), columns), tail_mask], dim=1)
         window = _Window(len(rows), mask.shape[1] + room)
         read = Read(model, rows, mask, torch.empty(0), window, _cache(model, window, prefix))
         logits = []
@@ -185,10 +191,26 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not followe
 
 
 def _read_prefix(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer for one row of token ids."""
-    cache = _cache(model, _Window(1, len(ids)), [])
-    row = torch.tensor([list(ids)], device=model.device)
-    model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    """Keys and values of each layer for virtual tokens, if there are any, and one row of token ids after them.
+
+    Prefix tuning has keys and values for its tokens; prompt tuning has embeddings, which are read as the others are.
+    """
+    row = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
+    window = _Window(1, adapters.virtual_tokens(model) + len(ids))
+    if not adapters.virtual_tokens(model):
+        cache, inputs = _cache(model, window, []), {"input_ids": row}
+    elif isinstance(given := model.get_prompt(1), Cache):
+        cache, inputs = (
+            _cache(model, window, [(layer.keys, layer.values) for layer in given.layers]),
+            {"input_ids": row},
+        )
+        window.start = window.n_columns - len(ids)
+    else:
+        embeddings = model.get_input_embeddings()(row)
+        cache, inputs = _cache(model, window, []), {"inputs_embeds": torch.cat([given.to(embeddings), embeddings], 1)}
+    if next(iter(inputs.values())).shape[1]:
+        reader = model.base_model if adapters.is_virtual(model) else model
+        reader(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [layer.memory for layer in cache.layers]
 
 

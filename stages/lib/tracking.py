@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -31,6 +32,7 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
     "train/loss",
     "train/learning_rate",
     "train/grad_norm",
+    "train/tokens",
     "train/tokens_per_second",
     "adapter/trainable_parameters",
     "test/*/loss/base",
@@ -47,8 +49,11 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
 )
 """Nothing of the stages before training: the first metric a run gets is then val/loss, with which MLflow compares."""
 
-MAX_OF_A_STAGE = 14
-"""With it 9 metrics named in full, 14 of evaluate and 7 export formats are 30, more than which nobody compares."""
+MAX_OF_A_STAGE = 13
+"""With it 10 metrics named in full, 13 of evaluate and 7 export formats are 30, more than which nobody compares."""
+
+MAX_POINTS = 1000
+"""Of a live curve: no screen shows more, and a store of many long runs stays quick."""
 
 UNTRACKED = ("runtime", "sweep", "checked")  # sections of params.yaml that cannot change a result
 
@@ -307,6 +312,15 @@ def log_dataset(run_id: str, splits: Mapping[str, Path]) -> None:
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
+def steps_per_point(n_steps: int) -> int:
+    """Every how many steps a live curve gets a point: the least power of two that keeps it within MAX_POINTS.
+
+    A power of two, because `make sync` fills a curve in by the steps that were done, which early stopping makes fewer
+    than were planned: the points it wants then include those that are there.
+    """
+    return 1 << max(0, math.ceil(math.log2(max(n_steps, 1) / MAX_POINTS)))
+
+
 def log_step(step: int, values: Mapping[str, float]) -> None:
     """Add points to the live curves in MLflow, at an optimizer step."""
     if _is_open():
@@ -316,12 +330,23 @@ def log_step(step: int, values: Mapping[str, float]) -> None:
 
 
 def log_table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Show rows as a table in MLflow, for instance generated samples; `name` without suffix."""
+    """Show rows as a table in MLflow, in place of the table of this name; `name` without suffix."""
     if _is_open() and rows:
-        import mlflow
+        _softly(lambda: _replace_table(f"{name}.json", rows))
 
-        columns = {column: [row[column] for row in rows] for column in rows[0]}
-        _softly(lambda: mlflow.log_table(columns, artifact_file=f"{name}.json"))
+
+def _replace_table(file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What mlflow.log_table does, which would append to the table of a stage that ran before, or was resumed."""
+    import mlflow
+    import pandas as pd
+    from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
+
+    mlflow.log_text(pd.DataFrame(rows).to_json(orient="split", index=False), file)
+    if run := mlflow.active_run():
+        tags = mlflow.get_run(run.info.run_id).data.tags
+        shown = json.loads(tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        if (table := {"path": file, "type": "table"}) not in shown:
+            mlflow.set_tag(MLFLOW_LOGGED_ARTIFACTS, json.dumps([*shown, table]))
 
 
 def log_file(path: Path, folder: str) -> None:

@@ -80,6 +80,8 @@ class PackedTrainer(SFTTrainer):
     The packs of a batch are laid end to end: with documents isolated that is the same function, without padding.
     """
 
+    loss_is_scaled_for_ga = True  # by compute_loss; the trainer must not divide by the batches of a step again
+
     watch: Watch
     checkpoints: Checkpoints
 
@@ -104,6 +106,7 @@ class PackedTrainer(SFTTrainer):
             data_collator=end_to_end,
         )
         self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that labels are counted over a step, whatever the model's signature
         self.validation = validation
         self.tokens_seen = self.labels_seen = 0
         self.compute_dtype = getattr(torch, resolved.compute_dtype)
@@ -124,7 +127,7 @@ class PackedTrainer(SFTTrainer):
         assert not return_outputs
         nll, n_labels = answer_nll(model, inputs)
         if self.tokens_seen == 0:
-            self._check_start(nll.item() / n_labels, inputs)
+            self._check_start(inputs)
         self.tokens_seen += inputs["input_ids"].shape[1]
         self.labels_seen += n_labels
         return nll / (n_labels if num_items_in_batch is None else num_items_in_batch)
@@ -176,17 +179,23 @@ class PackedTrainer(SFTTrainer):
         assert stored.keys() == parameters.keys()
         for name, parameter in parameters.items():
             assert (stored[name].dtype, stored[name].shape) == (parameter.dtype, parameter.shape)
-            parameter.data = stored[name]
+            parameter.data.copy_(stored[name])
         print(f"qlora_train: goes on after {folder.name}")
 
     @torch.no_grad()
-    def _check_start(self, loss: float, inputs: dict[str, torch.Tensor]) -> None:
-        """The adapter adds nothing yet, so that training has to start at the loss of the base."""
+    def _check_start(self, inputs: dict[str, torch.Tensor]) -> None:
+        """The adapter adds nothing yet, so that training has to start at the loss of the base.
+
+        Compared without dropout and NEFTune's noise, which are of training and not of the start.
+        """
+        self.model.eval()
+        tuned, n_labels = answer_nll(self.model, inputs)
         with self.model.disable_adapter():
-            nll, n_labels = answer_nll(self.model, inputs)
-        base = nll.item() / n_labels
-        if not abs(loss - base) <= self.start_tolerance * base:
+            base, _ = answer_nll(self.model, inputs)
+        self.model.train()
+        if not abs(tuned - base) <= self.start_tolerance * base:
             raise GateError(
-                f"qlora_train: the first loss is {loss:.4f}, expected {base:.4f}, the base's on the same tokens, "
-                f"within {self.start_tolerance:.1%}: base or adapter was not loaded as configured in numerics.*."
+                f"qlora_train: the first loss is {tuned / n_labels:.4f}, expected {base / n_labels:.4f}, the base's on "
+                f"the same tokens, within {self.start_tolerance:.1%}: base or adapter was not loaded as configured in "
+                "numerics.*."
             )

@@ -1,4 +1,4 @@
-"""The training loop on a tiny model: one loss however batches are cut, broken runs stop, the best one is kept."""
+"""The training loop on a tiny model: the same bytes again, one loss however batches are cut, a start at the base."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,74 +8,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.lib import adapters, chat, checkpoints, loss, models, numerics, packing, scoring, training
+from stages.lib import adapters, chat, checkpoints, loss, models, packing, scoring, training
 from stages.lib.errors import GateError
-from stages.lib.schema.lora import Lora
-from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
-from stages.lib.schema.train import Scheduler, Train
-
-NF4 = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.nf4, True)
-LORA = Lora(4, 8.0, 0.1, "all-linear")
-TRAIN = Train(
-    learning_rate=1.0e-2,
-    epochs=1.0,
-    batch_size=1,
-    gradient_accumulation_steps=1,
-    scheduler=Scheduler.cosine,
-    warmup_ratio=0.0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    gradient_checkpointing=False,
-    evals_per_epoch=2,
-    early_stopping_patience=0,
-    samples=0,
-    sample_tokens=8,
-)
+from stages.lib.schema.numerics import ComputeDtype
+from tests.tiny_training import LORA, NF4, TRAIN, conversations, fit, packs
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_dir: Path) -> Any:
     return chat.load_tokenizer(tiny_model_dir)
-
-
-def conversations(n: int) -> list[list[dict[str, str]]]:
-    """A question each and an answer of 1 to n words."""
-    return [
-        [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "fox " * (i + 1)}] for i in range(n)
-    ]
-
-
-def packs(tokenizer: Any, n: int = 6) -> list[packing.Pack]:
-    """One conversation each: labelled tokens differ from pack to pack."""
-    rows = [packing.Tokens.of([(str(i), chat.encode(tokenizer, turns))]) for i, turns in enumerate(conversations(n))]
-    return [pack for row in rows for table in packing.packs(row, max_tokens=256) for pack in packing.packs_of(table)]
-
-
-def fit(
-    folder: Path,
-    tokenizer: Any,
-    p: Train,
-    *,
-    lora: Lora = LORA,
-    seed: int = 0,
-    prepared: Any = None,
-    n: int = 6,
-    points: checkpoints.Checkpoints | None = None,
-) -> Any:
-    numerics.seed_everything(seed, NF4)
-    model = prepared or adapters.add_adapter(models.load_base(folder, NF4), lora)
-    trained = training.train(
-        model,
-        packs(tokenizer, n),
-        packs(tokenizer, 3),
-        p,
-        tokenizer=tokenizer,
-        stop_ids=chat.stop_ids(tokenizer, folder),
-        resolved=numerics.resolve(NF4),
-        seed=seed,
-        checkpoints=points,
-    )
-    return trained, {name: value.detach().clone() for name, value in adapters.trainable(model).items()}
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -102,15 +43,16 @@ class Killed(BaseException):
 def test_a_training_killed_again_and_again_ends_with_the_same_bytes(
     tiny_model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two epochs of three steps, the last of each from half a window; dropout on; a point at every step.
+    """Two epochs of three steps, the last of each from half a window; dropout and noise on; a point at every step.
 
     Killed within a half full window, while a point is written, and within the second epoch.
     """
-    p = replace(TRAIN, epochs=2.0, gradient_accumulation_steps=2, evals_per_epoch=1, samples=1)
-    whole, adapter = fit(tiny_model_dir, tokenizer, p, n=5)
+    p = replace(TRAIN, epochs=2.0, gradient_accumulation_steps=2, evals_per_epoch=1, samples=1, neftune_alpha=5.0)
+    rows = packs(tokenizer, 5)
+    whole, adapter = fit(tiny_model_dir, tokenizer, p, rows=rows)
     monkeypatch.setattr(checkpoints, "_minutes", 0)
     answer_nll, save_rng = training.answer_nll, training.PackedTrainer._save_rng_state
-    for forward, write in ((5, 0), (0, 2), (5, 0)):  # the how manieth forward pass or writing is the last
+    for forward, write in ((4, 0), (0, 2), (5, 0)):  # the how manieth forward pass or writing is the last
         left = {"forward": forward, "write": write}
 
         def until(name: str, left: dict[str, int] = left) -> None:
@@ -130,9 +72,9 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bytes(
         monkeypatch.setattr(training, "answer_nll", forward_pass)
         monkeypatch.setattr(training.PackedTrainer, "_save_rng_state", writing)
         with pytest.raises(Killed, match=r"forward|write"):
-            fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+            fit(tiny_model_dir, tokenizer, p, rows=rows, points=checkpoints.Checkpoints(tmp_path))
     assert [point.name for point in sorted(tmp_path.glob("step-*"))] == ["step-00000003", "step-00000004"]
-    resumed, again = fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+    resumed, again = fit(tiny_model_dir, tokenizer, p, rows=rows, points=checkpoints.Checkpoints(tmp_path))
     assert_equal(adapter, again)
     assert (whole.curve, whole.samples, whole.metrics) == (resumed.curve, resumed.samples, resumed.metrics)
 
@@ -142,18 +84,10 @@ def test_another_seed_gives_another_adapter(tiny_model_dir: Path, tokenizer: Any
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "checkpointing"), [(2, 2, False), (1, 4, False), (4, 1, True)])
-def test_how_a_step_is_cut_into_batches_does_not_change_it(
-    tiny_model_dir: Path, tokenizer: Any, batch_size: int, accumulation: int, checkpointing: bool
-) -> None:
+def test_a_batch_of_four_is_four_batches_of_one(tiny_model_dir: Path, tokenizer: Any) -> None:
     """Six packs of unequal answers make a step of four and one of two, however these are computed."""
     whole = replace(TRAIN, batch_size=4, evals_per_epoch=1)
-    cut = replace(
-        whole,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointing,
-    )
+    cut = replace(whole, batch_size=1, gradient_accumulation_steps=4)
     lora = replace(LORA, dropout=0.0)
     (one, _), (other, _) = (fit(tiny_model_dir, tokenizer, p, lora=lora) for p in (whole, cut))
     assert len(one.curve) == len(other.curve) == 2
@@ -209,54 +143,6 @@ def test_the_adapter_has_the_configured_dtype_whatever_the_trainer_prefers(
     assert {value.dtype for value in adapter.values()} == {getattr(torch, dtype.value)}
 
 
-def scripted(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """Let validation find these losses, the first one for the base; returns the adapters at each evaluation."""
-    seen: list[dict[str, torch.Tensor]] = []
-    rest = iter(losses)
-
-    def validation_loss(trainer: training.PackedTrainer, *, with_adapter: bool = True) -> float:
-        seen.append({name: value.detach().clone() for name, value in adapters.trainable(trainer.model).items()})
-        return next(rest)
-
-    monkeypatch.setattr(training.PackedTrainer, "validation_loss", validation_loss)
-    return seen
-
-
-def test_the_best_checkpoint_is_kept_and_not_a_number_never_wins(
-    tiny_model_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = scripted([5.0, 3.0, float("nan"), 4.0], monkeypatch)
-    trained, adapter = fit(tiny_model_dir, tokenizer, replace(TRAIN, evals_per_epoch=3))
-    assert_equal(adapter, seen[1])
-    assert trained.metrics["val/loss/tuned"] == 3.0
-    assert trained.metrics["train/steps/best"] == 2
-    assert trained.metrics["train/stopped_early"] == 0
-
-
-def test_training_stops_once_validation_has_not_gained_for_long_enough(
-    tiny_model_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripted([5.0, 3.0, 3.5, 3.4, 1.0], monkeypatch)
-    p = replace(TRAIN, evals_per_epoch=6, early_stopping_patience=2)
-    trained, _ = fit(tiny_model_dir, tokenizer, p)
-    assert trained.metrics["train/steps"] == 3
-    assert trained.metrics["train/stopped_early"] == 1
-    assert trained.metrics["val/loss/tuned"] == 3.0
-
-
-def test_a_validation_loss_that_is_never_a_number_fails(
-    tiny_model_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripted([5.0, float("nan"), float("inf")], monkeypatch)
-    with pytest.raises(GateError, match="no validation loss was finite"):
-        fit(tiny_model_dir, tokenizer, TRAIN)
-
-
-def test_a_loss_that_explodes_stops_the_run_with_its_step(tiny_model_dir: Path, tokenizer: Any) -> None:
-    with pytest.raises(GateError, match=r"(loss|gradient norm) is (nan|inf) at step \d.*train\.learning_rate"):
-        fit(tiny_model_dir, tokenizer, replace(TRAIN, learning_rate=1.0e30))
-
-
 def test_an_adapter_that_does_not_start_at_the_base_stops_the_run(tiny_model_dir: Path, tokenizer: Any) -> None:
     torch.manual_seed(0)
     model = adapters.add_adapter(models.load_base(tiny_model_dir, NF4), replace(LORA, dropout=0.0))
@@ -265,15 +151,3 @@ def test_an_adapter_that_does_not_start_at_the_base_stops_the_run(tiny_model_dir
             parameter.data.normal_()
     with pytest.raises(GateError, match=r"the first loss is .* the base's on the same tokens"):
         fit(tiny_model_dir, tokenizer, TRAIN, prepared=model)
-
-
-def test_an_adapter_that_does_not_move_stops_the_run(tiny_model_dir: Path, tokenizer: Any) -> None:
-    with pytest.raises(GateError, match=r"lora_A.* was not moved by \d steps"):
-        fit(tiny_model_dir, tokenizer, replace(TRAIN, learning_rate=1.0e-30))
-
-
-def test_samples_show_prompt_answer_and_reference_at_each_evaluation(tiny_model_dir: Path, tokenizer: Any) -> None:
-    trained, _ = fit(tiny_model_dir, tokenizer, replace(TRAIN, samples=2))
-    assert [(line["step"], line["id"]) for line in trained.samples] == [(3, "0"), (3, "1"), (6, "0"), (6, "1")]
-    assert trained.samples[1]["prompt"] == "user\nadd 1\nassistant\n"
-    assert trained.samples[1]["reference"] == "fox fox "

@@ -22,8 +22,12 @@ class Device(StrEnum):
 
 
 class Quantization(StrEnum):
-    nf4 = "nf4"
-    none = "none"
+    """How the frozen base is held."""
+
+    nf4 = "nf4"  # QLoRA, arXiv:2305.14314
+    fp4 = "fp4"
+    int8 = "int8"  # LLM.int8, arXiv:2208.07339: rounds activations, too
+    none = "none"  # at the compute type: plain LoRA, and the only one whose weights can be trained
 
 
 @dataclass
@@ -32,5 +36,5 @@ class Numerics:
     compute_dtype: ComputeDtype
     adapter_dtype: ComputeDtype
     device: Device
-    quantization: Quantization  # how the frozen base is held: nf4 is QLoRA, none is LoRA
-    double_quantization: bool
+    quantization: Quantization
+    double_quantization: bool  # of the scales of nf4 and fp4

@@ -7,9 +7,20 @@ from stages.lib.errors import check_values
 
 
 class Scheduler(StrEnum):
+    """How the learning rate falls after the warm-up; all but constant have one."""
+
     cosine = "cosine"
     linear = "linear"
-    constant = "constant_with_warmup"
+    constant = "constant"
+    constant_with_warmup = "constant_with_warmup"
+
+
+class Optimizer(StrEnum):
+    adamw_torch = "adamw_torch"
+    adamw_torch_fused = "adamw_torch_fused"
+    adamw_8bit = "adamw_8bit"  # from here on bitsandbytes', on a GPU only
+    paged_adamw_8bit = "paged_adamw_8bit"
+    paged_adamw_32bit = "paged_adamw_32bit"
 
 
 @dataclass
@@ -18,13 +29,17 @@ class Train:
     epochs: float
     batch_size: int  # packs per forward pass
     gradient_accumulation_steps: int
+    optimizer: Optimizer
     scheduler: Scheduler
-    warmup_ratio: float
+    warmup_ratio: float  # share of all steps in which the learning rate rises
     weight_decay: float
-    max_grad_norm: float
+    max_grad_norm: float  # gradients are scaled down to this norm; 0: never
+    neftune_alpha: float  # noise on the embeddings while training (arXiv:2310.05914); 0: none
     gradient_checkpointing: bool
     evals_per_epoch: int
-    early_stopping_patience: int  # evaluations in a row without a better validation loss; 0: never stop early
+    eval_steps: int | None  # evaluate each so many optimizer steps instead of evals_per_epoch
+    early_stopping_patience: int  # evaluations in a row without a lower validation loss; 0: never stop early
+    early_stopping_threshold: float  # nats per token by which it has to be lower
     samples: int  # validation prompts answered at each evaluation, for the eye
     sample_tokens: int  # longest answer among those
 
@@ -40,14 +55,33 @@ class Train:
                 "a positive number of batches",
             ),
             ("train.warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "at least 0, below 1"),
+            (
+                "train.warmup_ratio",
+                self.warmup_ratio,
+                self.scheduler is not Scheduler.constant or self.warmup_ratio == 0,
+                "0 with train.scheduler=constant; constant_with_warmup is the one that warms up",
+            ),
             ("train.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
-            ("train.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
+            ("train.max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, "above 0, or 0 not to clip"),
+            ("train.neftune_alpha", self.neftune_alpha, self.neftune_alpha >= 0, "above 0, or 0 for no noise"),
             ("train.evals_per_epoch", self.evals_per_epoch, self.evals_per_epoch > 0, "at least 1"),
+            (
+                "train.eval_steps",
+                self.eval_steps,
+                self.eval_steps is None or self.eval_steps > 0,
+                "at least 1, or null for evals_per_epoch",
+            ),
             (
                 "train.early_stopping_patience",
                 self.early_stopping_patience,
                 self.early_stopping_patience >= 0,
                 "at least 1, or 0 to train to the end",
+            ),
+            (
+                "train.early_stopping_threshold",
+                self.early_stopping_threshold,
+                self.early_stopping_threshold >= 0,
+                "at least 0, in nats per token",
             ),
             ("train.samples", self.samples, self.samples >= 0, "at least 0"),
             ("train.sample_tokens", self.sample_tokens, self.sample_tokens > 0, "at least 1"),
