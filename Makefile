@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize judge lm-eval clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -60,8 +60,14 @@ synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... 
 		$(if $(MODEL),--model "$(MODEL)") $(if $(N),--rows "$(N)") $(if $(URL),--url "$(URL)") \
 		$(if $(GGUF),--gguf "$(GGUF)") $(ARGS)
 
+judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL=...
+	python -m commands.judge $(if $(MODEL),--model "$(MODEL)") $(if $(URL),--url "$(URL)") $(if $(GGUF),--gguf "$(GGUF)") $(ARGS)
+
+lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
+	python -m commands.lm_eval $(ARGS)
+
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval pyproject.toml -o requirements.lock

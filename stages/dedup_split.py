@@ -1,5 +1,6 @@
 """Stage dedup_split: drop duplicates and near-duplicates, then split so that what hangs together stays together.
 
+Rows of the sources in split.out_of_distribution are tested on and nothing else, as tasks of their own.
 Reads data/prepared and the benchmarks that dedup.contamination names; writes data/splits (one Parquet file a split,
 dropped.parquet, linked.parquet, duplicates.jsonl, contamination.jsonl) and metrics/dedup_split.json.
 """
@@ -51,12 +52,14 @@ class Params:
 
 def main(p: Params) -> None:
     compared = partial(dedup.compared, length=p.dedup.shingle_words)
-    found = Compared.joined(engine.ordered_map(compared, batches("rows compared")))
+    found = Compared.joined(engine.ordered_map(compared, batches("rows compared", p.split)))
     facts = found.facts
-    distinct = dedup.near_duplicates(found, p.dedup)
+    if absent := sorted(set(p.split.out_of_distribution) - set(facts.source.unique().to_pylist())):
+        print(f"split.out_of_distribution: no row is of the source {', '.join(absent)}; nothing is tested for it")
+    distinct = dedup.near_duplicates(found, p.dedup, p.split.out_of_distribution)
     removed = dedup.removed_fractions(facts, distinct.dropped, p.dedup.max_removed_fraction)
     if p.dedup.semantic.model:
-        distinct = without_semantic(facts, distinct, p.dedup.semantic)
+        distinct = without_semantic(facts, distinct, p.dedup.semantic, p.split)
 
     kept = distinct.kept[pc.sort_indices(facts.id.take(pa.array(distinct.kept))).to_numpy()]
     placed = splits.place(facts.take(kept), distinct.cluster[kept], p.split)
@@ -69,7 +72,7 @@ def main(p: Params) -> None:
         folder.mkdir()
         shown = dropped.examples(facts, distinct)
         parts = Parts(folder / "buckets", facts, split, np.append(distinct.dropped[shown], distinct.repeats[shown]))
-        noisy = twins.made(parts.send(batches("rows divided")), parts.add, p.data.noise, p.dedup.shingle_words)
+        noisy = twins.made(parts.send(batches("rows divided", p.split)), parts.add, p.data.noise, p.dedup.shingle_words)
         hits = contamination.hits(
             parts.batches("train", NOISY), held_out(parts), p.dedup.contamination, p.dedup.shared_fraction
         )
@@ -96,9 +99,9 @@ def main(p: Params) -> None:
     tracking.report("dedup_split", counts(facts, split, gone, added, hits) | shares | placed.metrics())
 
 
-def without_semantic(facts: Facts, distinct: Deduplicated, settings: Semantic) -> Deduplicated:
+def without_semantic(facts: Facts, distinct: Deduplicated, settings: Semantic, split: Split) -> Deduplicated:
     """Drop, of what is left, the rows whose embedding is nearly that of one kept before them."""
-    texts = dedup.texts_of(batches("texts embedded"), distinct.kept)
+    texts = dedup.texts_of(batches("texts embedded", split), distinct.kept)
     earlier, later, score = semantic.pairs(texts.to_pylist(), settings)
     return dedup.without_semantic(facts, distinct, Pairs(later, earlier, score))
 
@@ -133,9 +136,10 @@ def counts(
     }
 
 
-def batches(what: str) -> Iterator[pa.RecordBatch]:
-    """All rows of data/prepared, in the order of its shards."""
-    return progress.rows(records.batches(Path("data/prepared")), what=what, size=len)
+def batches(what: str, settings: Split) -> Iterator[pa.RecordBatch]:
+    """All rows of data/prepared, in the order of its shards, by the tasks they are divided by."""
+    found = (splits.named_apart(batch, settings) for batch in records.batches(Path("data/prepared")))
+    return progress.rows(found, what=what, size=len)
 
 
 def weights(data: Data) -> dict[str, float]:

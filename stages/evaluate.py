@@ -1,18 +1,20 @@
 """Stage evaluate: base, base with examples and tuned model answer the same prompts; which is better, how surely.
 
-Reads data/splits, models/base, models/adapter, and for the page plots/train.csv and metrics/dedup_split.json; writes
-reports/evaluation (predictions.parquet, index.html) and metrics/evaluate.json. Run it as `python -m stages.evaluate`:
-as a path it would hide the library of the same name.
+Reads data/splits, models/base, models/adapter, the folders of evaluate.others, and for the page plots/train.csv and
+metrics/dedup_split.json; writes reports/evaluation (predictions.parquet, comparisons.csv, slices.csv, index.html) and
+metrics/evaluate.json. Run it as `python -m stages.evaluate`: as a path it would hide the library of the same name.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import files, rating_page, ratings, records, stage, tracking
 from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.numerics import Numerics
+
+BASE, ADAPTER, SPLITS = Path("models/base"), Path("models/adapter"), Path("data/splits")
 
 
 @dataclass
@@ -25,48 +27,73 @@ class Params:
 
 def main(p: Params) -> None:
     # torch is imported once numerics are settled
-    from stages.lib import arms, chat, comparison, evaluation_page, fewshot, held_out, models, numerics
+    from stages.lib import arms, chat, comparison, evaluation_page, fewshot, general, held_out, models, numerics, others
 
-    base, adapter, splits = Path("models/base"), Path("models/adapter"), Path("data/splits")
-    tokenizer = chat.load_tokenizer(base)
-    test, unusable = held_out.usable(tokenizer, records.read(splits / "test.parquet"))
+    others.check(p.evaluate.others)
+    tokenizer = chat.load_tokenizer(BASE)
+    test, unusable = held_out.usable(tokenizer, records.read(SPLITS / "test.parquet"))
     if not test:
         raise DataError(
-            f"{splits}/test.parquet: holds no row to evaluate on (unusable: {dict(unusable)}), expected at least one. "
+            f"{SPLITS}/test.parquet: holds no row to evaluate on (unusable: {dict(unusable)}), expected at least one. "
             "Raise split.test_fraction or split.max_rows.test, or give more data."
         )
     tasks = {row["task"] for row in test}
-    examples = fewshot.choose(splits / "train.parquet", tasks, n=p.evaluate.fewshot, seed=p.evaluate.seed)
+    examples = fewshot.choose(SPLITS / "train.parquet", tasks, n=p.evaluate.fewshot, seed=p.evaluate.seed)
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
     numerics.seed_everything(p.evaluate.seed, p.numerics)
+    described, found = arms.describe(tokenizer, test), arms.Predicted()
     # A CPU unpacks 4-bit weights anew at every token; unpacked once they cost memory and save most of the time.
-    model = models.load_tuned(base, adapter, p.numerics, dense=resolved.device == "cpu")
-    found = arms.predict(model, tokenizer, test, examples, p.evaluate, stop_ids=chat.stop_ids(tokenizer, base))
-    lines = comparison.compare(found.predictions, p.evaluate)
-    metrics = comparison.metrics(lines) | {"rows/test": len(test)}
+    dense = resolved.device == "cpu"
+    model = models.load_tuned(BASE, ADAPTER, p.numerics, dense=dense)
+    stop_ids = chat.stop_ids(tokenizer, BASE)
+    for arm in (
+        arms.Arm("base", model, tokenizer, stop_ids, adapter_off=True),
+        arms.Arm("fewshot", model, tokenizer, stop_ids, examples, adapter_off=True),
+        arms.Arm("tuned", model, tokenizer, stop_ids),
+    ):
+        arms.predict(arm, test, described, p.evaluate, found)
+    forgetting = general.compare(model, tokenizer, p.evaluate)
+    del model, arm
+    for name, entry in sorted(p.evaluate.others.items()):
+        other = arms.load(name, Path(entry["path"]), BASE, p.numerics)
+        arms.predict(other, test, described, p.evaluate, found)
+        del other
+    found.sort()
+    lines, slices = comparison.compare(found.predictions, p.evaluate), comparison.slices(found.predictions, p.evaluate)
+    metrics = comparison.metrics(lines) | general.metrics(forgetting) | {"rows/test": len(test)}
     metrics |= {f"rows/unusable/{reason}": count for reason, count in unusable.items()}
     if p.evaluate.base_16bit:
-        del model
-        original = models.load_dense(base, p.numerics)
+        original = models.load_dense(BASE, p.numerics)
         for task, loss in arms.losses(original, tokenizer, test, batch_size=p.evaluate.batch_size).items():
             metrics |= {f"test/{task}/loss/base_16bit": loss, f"test/{task}/perplexity/base_16bit": math.exp(loss)}
+    rated = ratings.summarise(ratings.read(), ratings.pairs(found.predictions, seed=p.evaluate.seed), p.evaluate)
+    metrics |= ratings.metrics(rated)
+    questions = {row["id"]: (records.conversation(row) or [])[:-1] for row in test}
     page = evaluation_page.render(
         lines,
         found.predictions,
         metrics,
-        questions={row["id"]: (records.conversation(row) or [])[:-1] for row in test},
+        questions=questions,
         limits=found.limits,
         curve=files.read_csv(Path("plots/train.csv")),
         counts=files.read_json(Path("metrics/dedup_split.json")),
-        model=files.read_json(base / "source.json")["id"],
+        model=files.read_json(BASE / "source.json")["id"],
         p=p.evaluate,
+        slices=slices,
+        forgetting=forgetting,
+        rated=rated,
     )
     with files.replacing(Path("reports/evaluation")) as folder:
         files.write_rows(folder / "predictions.parquet", found.predictions, comparison.PREDICTIONS)
+        files.write_csv(folder / "comparisons.csv", comparison.table([*lines, *forgetting]))
+        if slices:
+            files.write_csv(folder / "slices.csv", comparison.table(slices))
         (folder / "index.html").write_text(page, encoding="utf-8")
-    print(evaluation_page.verdict(lines))
-    tracking.report("evaluate", metrics, {f"evaluate/{name}/wall_s": s for name, s in found.seconds.items()})
+        rate = rating_page.render(found.predictions, questions, p.evaluate)
+        (folder / "rate.html").write_text(rate, encoding="utf-8")
+    print(evaluation_page.verdict(lines, forgetting))
+    tracking.report("evaluate", metrics, found.measured())
     tracking.log_table("answers", evaluation_page.answers_table(found.predictions))
     tracking.log_file(Path("reports/evaluation/index.html"), "reports")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
-from stages.lib import chat, data_page, engine, files, packing, progress, records, stage, tracking
+from stages.lib import chat, data_page, engine, files, limits, packing, progress, records, stage, tracking
 from stages.lib.schema.pack import Pack
 
 SPLITS = ("train", "validation")
@@ -27,6 +27,7 @@ class Params:
 
 
 def main(p: Params) -> None:
+    limits.check_length(BASE, p.pack.max_tokens)
     tokenizer = chat.load_tokenizer(BASE)
     metrics: dict[str, float] = {}
     lengths = {}

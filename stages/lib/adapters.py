@@ -52,13 +52,15 @@ def add_adapter(base: PreTrainedModel, p: Lora) -> PeftModel:
     targets = [] if p.method is Method.full else resolve_targets(base, p.target_modules)
     config = _config(base, p, targets)
     if p.method is Method.lora and base.device.type == "cpu":
-        config._register_custom_module({bnb.nn.Linear4bit: kernels.FusedLora})
+        config._register_custom_module({bnb.nn.Linear4bit: kernels.FusedLora, nn.Linear: kernels.FusedLinear})
     written = config.target_modules
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     config.target_modules = written  # PEFT shortens long lists
     if p.method in FROM_WEIGHTS:
         _start_from_weights(model, p)
     keep_types(model)
+    if p.method is Method.lora:
+        kernels.quicken(model)
     return model
 
 
@@ -342,4 +344,5 @@ def describe(model: PeftModel, p: Lora, resolved: numerics.Resolved) -> dict[str
         "scaling": p.scaling if p.method in LOW_RANK else None,
         "adapter_dtype": resolved.adapter_dtype,
         "compute_dtype": resolved.compute_dtype,
+        "determinism": resolved.determinism,
     }

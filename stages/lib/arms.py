@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import chat, fewshot, generation, prefill, records, scoring
+from stages.lib import chat, fewshot, generation, languages, models, numerics, others, prefill, records, scoring
 from stages.lib.measures import SCORES, applicable, library
-from stages.lib.schema.evaluate import Evaluate
+from stages.lib.schema.evaluate import ARMS, Evaluate
+from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.pack import Labels
 
+__all__ = ["ARMS", "Arm", "Predicted", "answer", "answer_limit", "describe", "losses", "predict", "questions"]
+
 Row = Mapping[str, Any]
-ARMS = ("base", "fewshot", "tuned")
+LENGTHS = ("short", "middle", "long")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Question:
     reference: str
     prompt: list[int]
     answer: list[int]
+    n_bytes: int  # of the reference, UTF-8
 
     @property
     def prompt_sha(self) -> str:
@@ -46,49 +53,131 @@ class Answered:
     likelihood: scoring.Likelihood
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One of those that are compared: a model, its own tokenizer and stop ids, and examples by task, if it sees any."""
+
+    name: str
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: Collection[int]
+    examples: Mapping[str, Sequence[Row]] | None = None
+    adapter_off: bool = False
+
+    def weights(self) -> AbstractContextManager[Any]:
+        """Inside this context the model is the one the arm means."""
+        context: AbstractContextManager[Any] = self.model.disable_adapter() if self.adapter_off else nullcontext()
+        return context
+
+
+def load(name: str, folder: Path, base: Path, n: Numerics) -> Arm:
+    """The arm of evaluate.others: an adapter on the base, or a model with its own tokenizer and chat template."""
+    if others.is_adapter(folder):
+        tokenizer, source = chat.load_tokenizer(base), base
+        model = models.load_tuned(base, folder, n, dense=numerics.resolve(n).device == "cpu")
+    else:
+        tokenizer, source = chat.load_tokenizer(folder), folder
+        model = models.load_dense(folder, n)
+    return Arm(name, model, tokenizer, chat.stop_ids(tokenizer, source))
+
+
+@dataclass
+class Speed:
+    """How fast an arm wrote: tokens and seconds after the prompts were read, and reading one prompt by itself."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    first_token: list[float] = field(default_factory=list)
+
+
 @dataclass
 class Predicted:
     """What the arms made of the test rows.
 
-    predictions: rows of comparison.PREDICTIONS, sorted by arm and id. limits: new tokens allowed, by task.
-    seconds: wall time by task and arm, `<task>/<arm>`.
+    predictions: rows of comparison.PREDICTIONS. limits: new tokens allowed, by task. seconds: wall time by task and
+    arm, `<task>/<arm>`.
     """
 
     predictions: list[dict[str, Any]] = field(default_factory=list)
     limits: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    speeds: dict[str, Speed] = field(default_factory=dict)
+
+    def sort(self) -> None:
+        self.predictions.sort(key=lambda row: (row["arm"], row["id"]))
+
+    def measured(self) -> dict[str, float]:
+        """Times and speeds of this very run, by `evaluate/<arm>/<what>`."""
+        found = {f"evaluate/{name}/wall_s": seconds for name, seconds in self.seconds.items()}
+        for arm, speed in self.speeds.items():
+            if speed.tokens:
+                found[f"evaluate/{arm}/tokens_per_second"] = round(speed.tokens / speed.seconds, 1)
+            if speed.first_token:
+                found[f"evaluate/{arm}/first_token_s"] = round(statistics.median(speed.first_token), 4)
+        return found
 
 
-def predict(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
-    test: Sequence[Row],
-    examples: Mapping[str, Sequence[Row]],
-    p: Evaluate,
-    *,
-    stop_ids: Collection[int],
-) -> Predicted:
-    """Let every arm answer every test row, task by task; only the few-shot arm sees examples, rows of train by task."""
-    found = Predicted()
-    for task, rows in by_task(test).items():
-        for arm in ARMS:
-            started = time.monotonic()
-            asked = questions(tokenizer, rows, examples[task] if arm == "fewshot" else ())
-            found.limits[task] = answer_limit(asked, margin=p.answer_margin, max_new_tokens=p.max_new_tokens)
-            with weights_of(model, arm):
-                answered = answer(
-                    model,
-                    tokenizer,
-                    asked,
-                    stop_ids=stop_ids,
-                    max_new_tokens=found.limits[task],
-                    batch_size=p.batch_size,
-                )
-            found.predictions += _scored(arm, asked, answered)
-            found.seconds[f"{task}/{arm}"] = time.monotonic() - started
-            print(f"{task}, {arm}: {len(asked)} rows in {found.seconds[f'{task}/{arm}']:.0f} s", flush=True)
-    found.predictions.sort(key=lambda row: (row["arm"], row["id"]))
+@dataclass(frozen=True)
+class Described:
+    """What a row is, whichever arm answers it; see comparison.PREDICTIONS."""
+
+    length: str
+    language: str | None
+
+
+def describe(tokenizer: PreTrainedTokenizerFast, test: Sequence[Row]) -> dict[str, Described]:
+    """Length and language of each row's prompt without examples, by row id."""
+    found = {}
+    for rows in by_task(test).values():
+        asked = questions(tokenizer, rows)
+        lengths = thirds([len(question.prompt) for question in asked])
+        for row, length in zip(rows, lengths, strict=True):
+            turns = records.conversation(row)
+            users = [turn.get("content") or "" for turn in turns or () if turn["role"] == "user"]
+            text = row["text"] if turns is None else "\n".join(users)
+            found[row["id"]] = Described(length, languages.language(text))
     return found
+
+
+def thirds(lengths: Sequence[int]) -> list[str]:
+    """Which third of all each is in; equal ones are in the same.
+
+    [5, 9, 7, 5, 8, 30]  ->  short, long, middle, short, middle, long
+    """
+    ordered = sorted(lengths)
+    first, second = (ordered[max(0, -(-len(ordered) * part // 3) - 1)] for part in (1, 2))
+    return [LENGTHS[(length > first) + (length > second)] for length in lengths]
+
+
+def predict(arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p: Evaluate, found: Predicted) -> None:
+    """Let an arm answer the test rows, task by task, and add what it made of them."""
+    speed = found.speeds.setdefault(arm.name, Speed())
+    for task, rows in by_task(test).items():
+        started = time.monotonic()
+        every = questions(arm.tokenizer, rows, arm.examples[task] if arm.examples else ())
+        limit = answer_limit(every, margin=p.answer_margin, max_new_tokens=p.max_new_tokens)
+        chosen = drawn(rows, p.max_rows[arm.name], p.seed) if arm.name in p.max_rows else rows
+        ids = {row["id"] for row in chosen}
+        asked = [question for question in every if question.row["id"] in ids]
+        with arm.weights():
+            answered = answer(
+                arm.model,
+                arm.tokenizer,
+                asked,
+                stop_ids=arm.stop_ids,
+                max_new_tokens=limit,
+                batch_size=p.batch_size,
+                speed=speed,
+            )
+        found.limits.setdefault(task, limit)
+        found.predictions += _scored(arm.name, asked, answered, described)
+        found.seconds[f"{task}/{arm.name}"] = time.monotonic() - started
+        print(f"{task}, {arm.name}: {len(asked)} rows in {found.seconds[f'{task}/{arm.name}']:.0f} s", flush=True)
+
+
+def drawn(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
+    """At most so many rows, by a hash of seed and id: a larger number only adds."""
+    return heapq.nsmallest(most, rows, key=lambda row: hashlib.sha256(f"{seed}:{row['id']}".encode()).digest())
 
 
 def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -113,7 +202,9 @@ def losses(
     return found
 
 
-def _scored(arm: str, asked: Sequence[Question], answered: Sequence[Answered]) -> list[dict[str, Any]]:
+def _scored(
+    arm: str, asked: Sequence[Question], answered: Sequence[Answered], described: Mapping[str, Described]
+) -> list[dict[str, Any]]:
     """Rows of comparison.PREDICTIONS for one task and arm."""
     references = [question.reference for question in asked]
     scores = library.score_rows(applicable(references), [given.answer for given in answered], references)
@@ -122,14 +213,19 @@ def _scored(arm: str, asked: Sequence[Question], answered: Sequence[Answered]) -
             "arm": arm,
             "id": question.row["id"],
             "task": question.row["task"],
-            "slice": question.row["source"],
+            "source": question.row["source"],
+            "language": described[question.row["id"]].language,
+            "length": described[question.row["id"]].length,
             "prompt_sha": question.prompt_sha,
             "answer": given.answer,
             "reference": question.reference,
             "n_tokens": given.likelihood.n_tokens,
+            "n_bytes": question.n_bytes,
             "nll": given.likelihood.nll,
             "new_tokens": given.new_tokens,
             "stops": float(given.stopped),
+            "label": None,
+            "predicted": None,
             **{name: scores[name][place] if name in scores else None for name in SCORES},
         }
         for place, (question, given) in enumerate(zip(asked, answered, strict=True))
@@ -151,7 +247,8 @@ def _question(tokenizer: PreTrainedTokenizerFast, row: Row, examples: Sequence[R
     if turns is None:
         shown = [token for example in examples for token in chat.encode_text(tokenizer, example["text"]).input_ids]
         first, *rest = (int(token) for token in chat.encode_text(tokenizer, row["text"]).input_ids)
-        return Question(row, row["text"], [*map(int, shown), first], rest)
+        rest_bytes = len(tokenizer.decode(rest).encode())
+        return Question(row, row["text"], [*map(int, shown), first], rest, rest_bytes)
     *asked, expected = turns
     conversation = fewshot.conversation(examples, asked)
     prompt = chat.prompt_ids(tokenizer, conversation, row["tools"])
@@ -159,18 +256,12 @@ def _question(tokenizer: PreTrainedTokenizerFast, row: Row, examples: Sequence[R
     answer = [int(label) for label in labels if label != chat.IGNORED]
     calls = "tool_calls" in expected
     reference = tokenizer.decode(answer, skip_special_tokens=True) if calls else expected["content"]
-    return Question(row, reference, prompt, answer)
+    return Question(row, reference, prompt, answer, len(reference.encode()))
 
 
 def answer_limit(asked: Sequence[Question], *, margin: int, max_new_tokens: int) -> int:
     """New tokens allowed: the longest reference and a margin. An answer cut there counts as not stopping."""
     return min(max_new_tokens, max(len(question.answer) for question in asked) - 1 + margin)
-
-
-def weights_of(model: PeftModel, arm: str) -> AbstractContextManager[Any]:
-    """Inside this context the model is the one the arm names: the adapter is off for everything but `tuned`."""
-    context: AbstractContextManager[Any] = nullcontext() if arm == "tuned" else model.disable_adapter()
-    return context
 
 
 def answer(
@@ -181,6 +272,7 @@ def answer(
     stop_ids: Collection[int],
     max_new_tokens: int,
     batch_size: int,
+    speed: Speed,
 ) -> list[Answered]:
     """Let a model score each reference and write its own answer; each prompt is read once for both."""
     found: dict[int, Answered] = {}
@@ -189,8 +281,14 @@ def answer(
     for read in prefill.in_batches(model, prompts, room=room, batch_size=batch_size):
         likelihoods = scoring.after(read, [asked[row].answer for row in read.rows])
         rows = list(read.rows)
+        started = time.monotonic()
         written = generation.after(read, stop_ids=stop_ids, max_new_tokens=max_new_tokens)
+        speed.seconds += time.monotonic() - started
+        speed.tokens += sum(len(new.ids) + new.stopped for new in written)
         for row, likelihood, new in zip(rows, likelihoods, written, strict=True):
             text = tokenizer.decode(new.ids, skip_special_tokens=True)
             found[row] = Answered(text, len(new.ids), new.stopped, likelihood)
+    started = time.monotonic()
+    for _ in prefill.in_batches(model, [sorted(prompts, key=len)[len(prompts) // 2]], room=1, batch_size=1):
+        speed.first_token.append(time.monotonic() - started)
     return [found[row] for row in range(len(asked))]

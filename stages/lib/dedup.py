@@ -3,7 +3,7 @@
 Two rows are compared by the set of their word shingles, without the wording that most rows of their task share.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from stages.lib.join import Frequencies, Join, Pairs
 from stages.lib.ngrams import PIECE, Hashes, Ints, Ngrams, Words, hashes, mixed, pieces, starts
 from stages.lib.schema.dedup import Dedup, Keep
 
+APART = 4  # the last of the tiers
 MIN_ROWS_FOR_A_TEMPLATE = 10  # of a task: with fewer, "most rows" says nothing
 
 
@@ -214,20 +215,21 @@ class Deduplicated:
     wording: Wording
 
 
-def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
+def near_duplicates(found: Compared, settings: Dedup, apart: Collection[str] = ()) -> Deduplicated:
     """Keep one row of every group of mutual duplicates.
 
         a ~ b, b ~ c, a !~ c  ->  a and c are kept, b is dropped for a; all three are one cluster
 
     Rows are taken one by one: those of an official test split first, then of an official validation split, then all
-    others, then synthetic ones; among themselves by id, or the longest first. A row is dropped for the most similar of
-    the rows kept before it, so no two kept rows reach the threshold; only rows of one official test or validation split
-    are not compared with each other. A dropped row ties all kept rows it is similar to into one cluster.
+    others, then synthetic ones, then those of the sources `apart`; among themselves by id, or the longest first. A row
+    is dropped for the most similar of the rows kept before it, so no two kept rows reach the threshold; only rows of
+    one official test or validation split are not compared with each other. A dropped row ties all kept rows it is
+    similar to into one cluster; rows apart tie nothing, so that the others stand where they would without them.
 
     Args: found: its shingles are consumed.
     """
     facts = found.facts
-    rank, tier = ranks(facts), tiers(facts)
+    rank, tier = ranks(facts), tiers(facts, apart)
     longest = -facts.characters if settings.keep is Keep.longest else np.zeros(len(facts), np.int64)
     order = np.lexsort((rank, longest, tier))  # the earlier is kept
     first = _first_with(facts.key, order)
@@ -245,6 +247,8 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
     pairs = near.matches(dropped)
     closest, score = _closest(pairs)
 
+    is_apart = tier[distinct] == APART
+    ties = ~(is_apart[pairs.left] | is_apart[pairs.right])
     stands_for = np.arange(len(sets))
     stands_for[dropped] = closest
     repeated = np.flatnonzero(first != np.arange(len(facts)))
@@ -256,7 +260,9 @@ def near_duplicates(found: Compared, settings: Dedup) -> Deduplicated:
         repeats=distinct[stands_for[place[np.concatenate([first[repeated], distinct[dropped]])]]],
         score=np.concatenate([np.ones(len(repeated)), score]),
         reason=np.repeat(["exact", "near"], [len(repeated), len(dropped)]),
-        cluster=clusters(rank, [(np.arange(len(facts)), first), (distinct[pairs.left], distinct[pairs.right])]),
+        cluster=clusters(
+            rank, [(np.arange(len(facts)), first), (distinct[pairs.left[ties]], distinct[pairs.right[ties]])]
+        ),
         official=official,
         wording=wording,
     )
@@ -326,14 +332,15 @@ def ranks(facts: Facts) -> Ints:
     return rank
 
 
-def tiers(facts: Facts) -> Ints:
-    """0: official test, 1: official validation, 2: all others, 3: synthetic."""
+def tiers(facts: Facts, apart: Collection[str]) -> Ints:
+    """0: official test, 1: official validation, 2: all others, 3: synthetic, 4: of the sources `apart`."""
     conditions = [
+        pc.is_in(facts.source, value_set=pa.array(sorted(apart), pa.string())),
         pc.equal(facts.source, records.SYNTHETIC),
         *(pc.equal(facts.split, name) for name in ("test", "validation")),
     ]
     held = [pc.fill_null(condition, False).to_numpy(zero_copy_only=False) for condition in conditions]
-    return np.select(held, [3, 0, 1], 2)
+    return np.select(held, [APART, 3, 0, 1], 2)
 
 
 def _first_with(keys: npt.NDArray[np.uint64], order: Ints) -> Ints:

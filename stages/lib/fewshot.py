@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.lib import records
 from stages.lib.errors import DataError
+from stages.lib.schema.split import task_in_train
 
 Row = Mapping[str, Any]
 
@@ -16,12 +17,13 @@ def choose(train: Path, tasks: Collection[str], *, n: int, seed: int) -> dict[st
     """Choose the n examples of each task, the same for all its prompts.
 
     The order is by a hash of seed and row id, so it looks random, needs no random state, and changes little when
-    rows are added. The file is read batch by batch: a million rows cost no more memory than one batch.
+    rows are added. The file is read batch by batch: a million rows cost no more memory than one batch. A task out of
+    distribution is shown examples of the task it belongs to.
 
     Args: train: Parquet file of records.
     Raises: DataError, when train holds fewer than n rows of a task.
     """
-    best: dict[str, list[tuple[bytes, Row]]] = {task: [] for task in tasks}
+    best: dict[str, list[tuple[bytes, Row]]] = {task_in_train(task): [] for task in tasks}
     for batch in records.batches(train):
         ids, found = batch["id"].to_pylist(), batch["task"].to_pylist()
         for task, chosen in best.items():
@@ -35,7 +37,7 @@ def choose(train: Path, tasks: Collection[str], *, n: int, seed: int) -> dict[st
                 f"{train}: {len(chosen)} rows of task {task!r}, expected at least {n} to show as examples. "
                 "Lower evaluate.fewshot, or give split.max_rows.train more rows of the task."
             )
-    return {task: [row for _, row in chosen] for task, chosen in best.items()}
+    return {task: [row for _, row in best[task_in_train(task)]] for task in tasks}
 
 
 def _place(id: str, seed: int) -> bytes:

@@ -1,80 +1,206 @@
-"""How layers and attention compute in training: PEFT's and SDPA's functions, in less time."""
+"""How layers, norms and attention compute in training: PEFT's, transformers' and SDPA's functions, in less time.
 
-from collections.abc import Sequence
+Everything here computes in float32 on a CPU what the code it stands in for computes, and hands anything else, another
+dtype, method or layer, to that code.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from stages.lib.unpacking import dequantized
+from stages.lib import unpacking
 
 DOCUMENTS = "documents"
 """Name under which transformers finds `document_attention`."""
 
 
-class FusedLora(LoraLinear4bit):
-    """PEFT's LoRA layer on a 4-bit layer, computed in one autograd step: y = x W^T + b + (alpha/r) z A^T B^T.
+def quicken(model: PeftModel) -> None:
+    """Let the model compute in less time what it computes anyway, on a CPU: in place, every name kept.
+
+    A norm or MLP whose code is Llama's word for word, as it is in most decoders, is computed by this module's; other
+    ones are left as they are. Dense values of 4-bit weights are kept where memory has room (`unpacking.keep`).
+    """
+    if model.device.type != "cpu":
+        return
+    for module in model.modules():
+        for quick in (QuickNorm, QuickMlp):
+            if inspect.getsource(type(module).forward) == inspect.getsource(quick.stands_in_for.forward):
+                # As torch's parametrizations do: this instance alone computes otherwise, and stays what it is.
+                module.__class__ = type(f"Quick{type(module).__name__}", (quick, type(module)), {})
+    unpacking.keep(model, torch.float32)
+
+
+class _Fused:
+    """A LoRA layer of PEFT computed in one autograd step: y = x W^T + b + (alpha/r) z A^T B^T.
 
     z is x after dropout. Same parameters, same names, same function; two thirds of the time on a CPU, because the LoRA
     product is added inside the matrix product instead of by copies, and because nothing but z and z A^T is kept.
     """
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters or self.merged or self.lora_variant or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not _is_plain(self, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         (name,) = self.active_adapters
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if not x.dtype == a.dtype == b.dtype:
-            return super().forward(x)
-        return _LoraProduct.apply(x, self.lora_dropout[name](x), a, b, self.base_layer, self.scaling[name])
+        return _products(x, self.lora_dropout[name](x), [self])[0]
 
 
-class _LoraProduct(torch.autograd.Function):
-    """FusedLora's arithmetic. The 4-bit weight is unpacked once forward and once backward, and never kept unpacked."""
+class FusedLora(_Fused, LoraLinear4bit):
+    """On a 4-bit layer."""
+
+
+class FusedLinear(_Fused, LoraLinear):
+    """On an ordinary one."""
+
+
+def _is_plain(layer: Any, x: torch.Tensor) -> bool:
+    """Whether a layer computes LoRA as published, with one adapter, in x's dtype, its own weights frozen."""
+    if not isinstance(layer, FusedLora | FusedLinear) or layer.disable_adapters or layer.merged or layer.lora_variant:
+        return False
+    (name, *others), base = layer.active_adapters, layer.base_layer
+    if others or layer.lora_bias[name] or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return False
+    return x.dtype == layer.lora_A[name].weight.dtype == layer.lora_B[name].weight.dtype
+
+
+def products(x: torch.Tensor, layers: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
+    """What several layers make of one input, in one autograd step where they are `_Fused` and drop nothing."""
+    if all(_is_plain(layer, x) and not _is_dropping(layer) for layer in layers):
+        return _products(x, x, layers)
+    return tuple(layer(x) for layer in layers)
+
+
+def _is_dropping(layer: Any) -> bool:
+    return layer.training and any(isinstance(dropout, nn.Dropout) for dropout in layer.lora_dropout.values())
+
+
+def _products(x: torch.Tensor, z: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    adapters = [(layer, layer.active_adapters[0]) for layer in layers]
+    matrices = [m for layer, name in adapters for m in (layer.lora_A[name].weight, layer.lora_B[name].weight)]
+    scalings = [layer.scaling[name] for layer, name in adapters]
+    return _LoraProducts.apply(x, z, [layer.base_layer for layer in layers], scalings, *matrices)
+
+
+class _LoraProducts(torch.autograd.Function):
+    """The arithmetic of `_Fused`, for layers with one input: their A are multiplied with it together.
+
+    A 4-bit weight that is not kept unpacked is unpacked once forward and once backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,  # (..., in)
         z: torch.Tensor,  # (..., in)
-        a: torch.Tensor,  # (r, in)
-        b: torch.Tensor,  # (out, r)
-        layer: bnb.nn.Linear4bit,
-        scaling: float,
-    ) -> torch.Tensor:
-        y = nn.functional.linear(_flat(x), dequantized(layer, x.dtype), layer.bias)  # (N, out)
-        h = _flat(z) @ a.t()  # (N, r)
-        y.addmm_(h, b.t(), alpha=scaling)
-        ctx.save_for_backward(z, h, a, b)
-        ctx.layer, ctx.scaling, ctx.is_dropped = layer, scaling, z is not x
-        return y.view(*x.shape[:-1], -1)
+        layers: Sequence[nn.Linear],
+        scalings: Sequence[float],
+        *matrices: torch.Tensor,  # of each layer A (r, in) and B (out, r)
+    ) -> tuple[torch.Tensor, ...]:
+        a, b = torch.cat(matrices[::2]), matrices[1::2]
+        h = _flat(z) @ a.t()  # (N, sum of r)
+        outputs = []
+        for layer, b_i, h_i, scaling in zip(layers, b, _by_layer(h, b), scalings, strict=True):
+            y = functional.linear(_flat(x), unpacking.values(layer, x.dtype), layer.bias)  # (N, out)
+            outputs.append(y.addmm_(h_i, b_i.t(), alpha=scaling).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(z, h, a, *b)
+        ctx.layers, ctx.scalings, ctx.is_dropped = layers, scalings, z is not x
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        z, h, a, b = ctx.saved_tensors
-        g = _flat(gradients[0])  # (N, out)
-        dh = (g @ b).mul_(ctx.scaling)  # (N, r)
-        da = dh.t() @ _flat(z)
-        db = (g.t() @ h).mul_(ctx.scaling)
+        z, h, a, *b = ctx.saved_tensors
+        gs = [_flat(gradient) for gradient in gradients]  # (N, out)
+        dh = torch.empty_like(h)
+        dbs = []
+        for g, b_i, h_i, dh_i, scaling in zip(gs, b, _by_layer(h, b), _by_layer(dh, b), ctx.scalings, strict=True):
+            torch.mm(g, b_i, out=dh_i)
+            db = h_i.t() @ g  # twice as fast as its transpose
+            if scaling != 1:
+                dh_i.mul_(scaling)
+                db.mul_(scaling)
+            dbs.append(db.t())
+        das = (dh.t() @ _flat(z)).split([b_i.shape[1] for b_i in b])
         dx = dz = None
         if ctx.needs_input_grad[0]:
-            dx = g @ dequantized(ctx.layer, g.dtype)  # (N, in)
+            dx = gs[0] @ unpacking.values(ctx.layers[0], gs[0].dtype)  # (N, in)
+            for g, layer in zip(gs[1:], ctx.layers[1:], strict=True):
+                dx.addmm_(g, unpacking.values(layer, g.dtype))
             if ctx.is_dropped:
                 dz = (dh @ a).view_as(z)
             else:
                 dx.addmm_(dh, a)
             dx = dx.view_as(z)
-        return dx, dz, da, db, None, None
+        return dx, dz, None, None, *(d for pair in zip(das, dbs, strict=True) for d in pair)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _by_layer(h: torch.Tensor, b: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return h.split([b_i.shape[1] for b_i in b], dim=1)
+
+
+class QuickNorm(nn.Module):
+    """Llama's norm, w x / sqrt(mean(x^2) + epsilon), with a frozen w."""
+
+    stands_in_for = LlamaRMSNorm
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.requires_grad:
+            return super().forward(hidden_states)
+        return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norms.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dx = gradients[0] * weight
+        along = (dx * x).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+        return dx.mul_(scale).addcmul_(x, along), None, None
+
+
+class QuickMlp(nn.Module):
+    """Llama's MLP, down(silu(gate(x)) * up(x)), with gate and up in one step and two tensors kept of it."""
+
+    stands_in_for = LlamaMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.act_fn, nn.SiLU):
+            return super().forward(x)
+        return self.down_proj(_GatedSilu.apply(*products(x, (self.gate_proj, self.up_proj))))
+
+
+class _GatedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        (g,) = gradients
+        return torch.ops.aten.silu_backward(g * up, gate), functional.silu(gate).mul_(g)
 
 
 def document_attention(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from stages.lib import adapters
 from stages.lib.chat import IGNORED
@@ -35,8 +34,7 @@ def answer_nll(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple
         document_lengths=lengths,
         use_cache=False,
     )
-    logits = output.logits[0].float()  # (A, V)
-    return functional.cross_entropy(logits, labels[predicting + 1], reduction="sum"), len(predicting)
+    return cross_entropy(output.logits[0].float(), labels[predicting + 1]), len(predicting)
 
 
 def _document_by_document(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -52,6 +50,30 @@ def _document_by_document(model: torch.nn.Module, inputs: dict[str, torch.Tensor
                 input_ids=inputs["input_ids"][:, start:end], logits_to_keep=predicting - len(labels), use_cache=False
             )
             logits = output.logits[0].float()
-            nll = nll + functional.cross_entropy(logits, labels[predicting + 1], reduction="sum")
+            nll = nll + cross_entropy(logits, labels[predicting + 1])
             n_labels += len(predicting)
     return nll, n_labels
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of -log softmax(logits)[label]. Its gradient is written over the logits, which are spent then.
+
+    Args: logits: (A, V) float32. labels: (A,).
+    """
+    return _CrossEntropy.apply(logits, labels)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        norms = logits.logsumexp(1)  # (A,)
+        ctx.save_for_backward(logits, labels, norms)
+        return (norms - logits.gather(1, labels[:, None])[:, 0]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, labels, norms = ctx.saved_tensors
+        (g,) = gradients
+        d = logits.sub_(norms[:, None]).exp_()
+        d[torch.arange(len(labels), device=labels.device), labels] -= 1
+        return d.mul_(g), None

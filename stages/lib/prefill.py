@@ -54,10 +54,11 @@ class Read:
 
         What is remembered at columns written again later is overwritten; so a pass is taken back by not counting it.
 
-        Args: ids, positions: (b, n). mask: (b, C), of all columns up to the last of these n. keep: logits wanted.
+        Args: ids, positions: (b, n). mask: (b, C), of all columns up to the last of these n, or (b, 1, n, C), which of
+            them each of the n sees, as bool. keep: logits wanted.
         Returns: logits of the last `keep` columns, (b, keep, V).
         """
-        self.window.lines, self.window.start = lines, mask.shape[1] - ids.shape[1]
+        self.window.lines, self.window.start = lines, mask.shape[-1] - ids.shape[1]
         output = self.model(
             input_ids=ids,
             attention_mask=mask,

@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 
 from stages.lib import records
 from stages.lib.errors import DataError
-from stages.lib.schema.split import SPLITS, Split
+from stages.lib.schema.split import OUT_OF_DISTRIBUTION, SPLITS, Split
 
 if TYPE_CHECKING:
     from stages.lib.dedup import Facts
@@ -39,12 +39,13 @@ class Placed:
     """
 
     split: Array
+    apart: Array  # (rows,) those of sources out of distribution
     linked: pa.Table
     components: int
     largest_component: int  # rows
 
     def metrics(self) -> dict[str, float]:
-        placed = self.split[self.split != OUT]
+        placed = self.split[(self.split != OUT) & ~self.apart]
         shares = np.bincount(placed, minlength=len(SPLITS)) / max(1, len(placed))
         return {
             "split/components": self.components,
@@ -67,16 +68,20 @@ def place(facts: "Facts", clusters: Array, settings: Split) -> Placed:
 
     Rows with an official split stay there, and pull along what is linked to them and has none. If the data name no
     official validation, it is taken out of the official train by the hash; test too, if nothing else could be in it.
-    A row of train whose group is held out officially is OUT. Synthetic rows are train, or OUT.
+    A row of train whose group is held out officially is OUT. Synthetic rows are train, or OUT. Rows of the sources in
+    split.out_of_distribution are test, or OUT where their group or cluster stands elsewhere; they move no other row.
 
     Args: facts: rows in canonical order. clusters: (rows,) equal numbers for rows of one cluster.
     Raises: DataError, when a split stays empty.
     """
     group, names = _codes(pc.if_else(pc.equal(facts.group, ""), facts.id, facts.group))
     synthetic = _flags(pc.equal(facts.source, records.SYNTHETIC))
+    apart = is_apart(facts.source, settings)
+    synthetic &= ~apart
     official = _official(facts.split)
+    official[apart] = NO_SPLIT
     given = official != NO_SPLIT
-    real = ~synthetic
+    real = ~(synthetic | apart)
     component = _components(group[real], clusters[real], len(names))[group]  # of a row whose group is synthetic: unused
     count = int(component.max(initial=-1)) + 1
     rows_of = np.bincount(component[real], minlength=count)
@@ -105,9 +110,13 @@ def place(facts: "Facts", clusters: Array, settings: Split) -> Placed:
     split[held] = official[held]
     split[given & (official == TRAIN) & (strictest[component] > TRAIN)] = TRAIN
     split[synthetic] = TRAIN
+    split[apart] = TEST
     of_group = np.full(len(names), NO_SPLIT, np.int8)
     np.maximum.at(of_group, group[real], split[real])
     split[split < of_group[group]] = OUT
+    elsewhere = ~apart & (split != TEST)
+    near = np.isin(group, group[elsewhere]) | np.isin(clusters, clusters[elsewhere])
+    split[apart & near] = OUT
 
     alone = np.where(given, _plain(turned[group], *taken), _plain(point[group], *wanted))
     is_linked = real & (split != OUT) & (split != alone) & ~held & ~(given & (strictest[component] > TRAIN))
@@ -129,7 +138,20 @@ def place(facts: "Facts", clusters: Array, settings: Split) -> Placed:
             + (f", and {int(given.sum())} rows have an official split" if given.any() else "")
             + ". Add rows, raise split.validation_fraction or split.test_fraction, or change split.seed."
         )
-    return Placed(split, linked, int(exists.sum()), int(rows_of.max()))
+    return Placed(split, apart, linked, int(exists.sum()), int(rows_of.max()))
+
+
+def is_apart(source: pa.Array, settings: Split) -> Array:
+    """Which rows are of a source out of distribution."""
+    return _flags(pc.is_in(source, value_set=pa.array(sorted(settings.out_of_distribution), pa.string())))
+
+
+def named_apart(batch: pa.RecordBatch, settings: Split) -> pa.RecordBatch:
+    """Records, those of a source out of distribution under a task of their own: parameters -> parameters_ood."""
+    own = pc.binary_join_element_wise(batch["task"], OUT_OF_DISTRIBUTION, "")
+    task = pc.if_else(pa.array(is_apart(batch["source"], settings)), own, batch["task"])
+    place = batch.schema.get_field_index("task")
+    return batch.set_column(place, batch.schema.field(place), task)
 
 
 def positions(names: Iterable[str], seed: int) -> Array:

@@ -71,11 +71,6 @@ def test_every_choice_composes_or_says_what_it_still_needs(choice: str) -> None:
         assert composed([choice])["checked"]
 
 
-@pytest.mark.parametrize("experiment", [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))])
-def test_every_experiment_composes(experiment: str) -> None:
-    assert composed([f"experiment={experiment}"])["checked"]
-
-
 def test_no_tracked_configuration_reads_the_environment() -> None:
     assert not [path for path in CONF.rglob("*.yaml") if "oc.env" in path.read_text() or "hydra:" in path.read_text()]
 

@@ -1,24 +1,19 @@
-"""Figures per arm and measure, and how the page words them."""
+"""Figures per arm and measure."""
 
-import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
-from stages.lib import comparison, evaluation_page
+from stages.lib import comparison
+from stages.lib.errors import DataError
 from stages.lib.measures import SCORES
-from stages.lib.schema.evaluate import Evaluate
+from tests.evaluate_settings import settings
 
-SETTINGS = Evaluate(
-    seed=42,
-    fewshot=3,
-    batch_size=8,
-    max_new_tokens=32,
-    answer_margin=8,
-    base_16bit=False,
-    bootstrap_samples=500,
-    confidence=0.95,
-)
+SETTINGS = settings(bootstrap_samples=500)
+NATS = {"base": 1.0, "fewshot": 1.0, "tuned": 1.0}
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
 
 
@@ -29,15 +24,21 @@ def predictions(answers: dict[str, list[str]], nll: dict[str, float], task: str 
             "arm": arm,
             "id": f"{task}{number:02}",
             "task": task,
-            "slice": "numpy",
+            "source": "numpy",
+            "language": "en",
+            "length": "short",
             "prompt_sha": "",
             "answer": answer,
             "reference": GOOD,
             "n_tokens": 4,
+            "n_bytes": 12,
             "nll": 4 * nll[arm],
             "new_tokens": 3,
             "stops": 1.0,
+            "label": None,
+            "predicted": None,
             **{name: score(answer, GOOD) for name, score in SCORES.items()},
+            "accuracy": None,  # these rows have no label
         }
         for arm, written in answers.items()
         for number, answer in enumerate(written)
@@ -46,7 +47,7 @@ def predictions(answers: dict[str, list[str]], nll: dict[str, float], task: str 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    answers = {"base": [BAD] * 8, "fewshot": [GOOD, BAD] * 4, "tuned": [GOOD] * 7 + [BAD]}
+    answers = {"base": [BAD] * 24, "fewshot": [GOOD, BAD] * 12, "tuned": [GOOD] * 23 + [BAD]}
     return predictions(answers, {"base": 3.0, "fewshot": 1.5, "tuned": 0.5})
 
 
@@ -54,10 +55,10 @@ def test_the_tuned_model_is_compared_with_both_baselines(rows) -> None:
     metrics = comparison.metrics(comparison.compare(rows, SETTINGS))
     assert metrics["test/parameters/field_f1/base"] == 0
     assert metrics["test/parameters/field_f1/fewshot"] == 0.5
-    assert metrics["test/parameters/field_f1/tuned"] == metrics["test/parameters/field_f1/delta"] == 7 / 8
-    assert metrics["test/parameters/field_f1/delta_fewshot"] == 3 / 8
-    assert 0 < metrics["test/parameters/field_f1/low"] < 7 / 8 < metrics["test/parameters/field_f1/high"] <= 1
-    assert metrics["test/parameters/field_f1/low_fewshot"] <= 0.125
+    assert metrics["test/parameters/field_f1/tuned"] == metrics["test/parameters/field_f1/delta"] == 23 / 24
+    assert metrics["test/parameters/field_f1/delta_fewshot"] == pytest.approx(11 / 24)
+    assert 0 < metrics["test/parameters/field_f1/low"] < 23 / 24 < metrics["test/parameters/field_f1/high"] <= 1
+    assert metrics["test/parameters/field_f1/low_fewshot"] <= 0.3
     assert metrics["test/parameters/loss/delta"] == pytest.approx(-2.5)
     assert metrics["test/parameters/perplexity/tuned"] == pytest.approx(1.6487, abs=1e-4)
 
@@ -75,91 +76,79 @@ def test_a_measure_that_does_not_apply_leaves_no_key(rows) -> None:
     assert comparison.main_measure(lines, "parameters").measure == "rouge_l"
 
 
-CALLING = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look_up"}}]}
+def test_a_difference_is_told_only_while_the_corrected_sign_test_finds_it() -> None:
+    found = comparison.Difference(0.2, 0.1, 0.3, n=10, up=9, down=1, p_value=0.02, p_adjusted=0.04)
+    assert found.verdict(higher_is_better=True) == "better"
+    assert found.verdict(higher_is_better=False) == "worse"
+    assert replace(found, p_adjusted=0.06).verdict(higher_is_better=True) == "cannot tell"
+    assert replace(found, low=-0.01).verdict(higher_is_better=True) == "cannot tell"
+    assert replace(found, up=1, down=9).verdict(higher_is_better=True) == "cannot tell"  # larger, but on few rows
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+@pytest.mark.parametrize(("up", "down", "p"), [(5, 0, 2 / 32), (0, 5, 2 / 32), (3, 1, 10 / 16), (0, 0, 1.0)])
+def test_the_sign_test_is_exact_and_ties_say_nothing(up: int, down: int, p: float) -> None:
+    assert comparison.sign_test(up, down) == pytest.approx(p)
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_never_falls_below_one_before() -> None:
+    assert comparison.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
+    assert comparison.holm([]) == []
+
+
+def test_equal_arms_are_called_better_no_more_often_than_the_level_however_much_is_compared() -> None:
+    """Eight tasks, three scores, two baselines, coins for scores: uncorrected, nine of ten would err somewhere."""
+    rng, coins, few = np.random.default_rng(0), ("exact_match", "rouge_l", "chrf"), settings(bootstrap_samples=100)
+    errs = []
+    for _ in range(6):
+        made = []
+        for task in range(8):
+            some = predictions(dict.fromkeys(("base", "fewshot", "tuned"), [GOOD] * 40), NATS, task=f"task {task}")
+            for row in some:
+                row |= dict.fromkeys(SCORES)
+                row |= {name: float(rng.integers(2)) for name in coins}
+            made += some
+        lines = comparison.compare(made, few, measures=coins)
+        errs.append(any(line.verdict(arm) != "cannot tell" for line in lines for arm in line.against))
+    assert sum(errs) <= 1
+
+
+def test_an_arm_that_answered_some_rows_is_compared_on_these(rows) -> None:
+    some = [row for row in rows if row["arm"] != "fewshot" or row["id"] < "parameters12"]
+    line = comparison.main_measure(comparison.compare(some, SETTINGS), "parameters")
+    assert line.n == {"base": 24, "fewshot": 12, "tuned": 24}
+    assert (line.against["base"].n, line.against["fewshot"].n) == (24, 12)
+    assert line.against["fewshot"].delta == 0.5  # of the first twelve rows
+
+
+def test_two_tables_of_predictions_are_compared_on_the_rows_they_share(rows) -> None:
+    earlier = [{**row, **dict.fromkeys(SCORES, 0.0)} for row in rows if row["id"] != "parameters00"]
+    (line,) = (line for line in comparison.between(rows, earlier, SETTINGS) if line.measure == "field_f1")
+    assert line.n == {"theirs": 23, "ours": 23}
+    assert line.against["theirs"].delta == line.arms["ours"] == 22 / 23
+    with pytest.raises(DataError, match=r"24 and 0 rows, none of them the same"):
+        comparison.between(rows, [], SETTINGS)
+
+
+def test_slices_show_where_a_model_is_better_and_which_are_too_small_to_say(rows) -> None:
+    for row in rows:
+        number = int(row["id"][-2:])
+        row |= {"source": "few" if number < 3 else "many", "length": "short" if number < 12 else "long"}
+    found = {(each.by, each.value): each for each in comparison.slices(rows, SETTINGS) if each.measure == "field_f1"}
+    assert list(found) == [("length", "short"), ("length", "long"), ("source", "few"), ("source", "many")]
+    assert (found["length", "short"].arms["tuned"], found["length", "long"].arms["tuned"]) == (1, 11 / 12)
+    assert found["length", "short"].against["base"].delta == 1
+    assert found["source", "few"].is_too_small
+    assert found["source", "few"].n["tuned"] == 3
+    assert not found["source", "few"].against
+    assert not found["source", "many"].is_too_small
+
+
+def test_classifications_are_judged_by_accuracy_and_have_macro_f1(rows) -> None:
+    for row in rows:
+        right = row["answer"] == GOOD
+        row |= {"label": "a", "predicted": "a" if right else "b", "accuracy": float(right)}
     lines = comparison.compare(rows, SETTINGS)
-    return evaluation_page.render(
-        lines,
-        rows,
-        comparison.metrics(lines) | {"test/parameters/loss/base_16bit": 1.25},
-        questions={
-            row["id"]: [{"role": "user", "content": "Which </pre><script> parameters?"}, CALLING] for row in rows
-        },
-        limits={task: 20 for task in {row["task"] for row in rows}},
-        curve=[
-            {"step": "0", "loss": "2.0", "val_loss": "2.1"},
-            {"step": "1", "loss": "1.5", "val_loss": "2.1"},
-            {"step": "2", "loss": "1.0", "val_loss": "1.2"},
-        ],
-        counts={"duplicates/exact": 683, "duplicates/near": 111, "rows/in": 7013, "rows/train": 440},
-        model="a/model",
-        p=SETTINGS,
-    )
-
-
-def test_the_page_says_the_verdict_first_in_one_sentence(rows) -> None:
-    heading = re.search(r"<h1>(.*?)</h1>", page(rows), re.DOTALL)
-    assert heading is not None
-    assert heading[1].startswith(
-        "On parameters, the tuned model is better than the base model, with and without examples"
-    )
-    assert heading[1].count(". ") == 0
-
-
-def test_a_turn_that_only_calls_a_tool_is_shown(rows) -> None:
-    assert "look_up" in page(rows)
-
-
-def test_without_a_sure_difference_the_page_does_not_claim_one(rows) -> None:
-    arms = ("base", "fewshot", "tuned")
-    same = predictions({arm: [GOOD, BAD] for arm in arms}, dict.fromkeys(arms, 1.0))
-    html = page(same)
-    assert "cannot be told from the base model" in html
-    assert 'class="chip cannot-tell"' in html
-    assert 'class="chip better"' not in html
-
-
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(rows) -> None:
-    html = page(rows)
-    assert not re.search(r"https?://|<script|<link|@import|url\(|<img|<iframe", html)
-    assert "&lt;/pre&gt;&lt;script&gt;" in html  # what a row holds is text, never markup
-    assert "&lt;b&gt;" in html
-
-
-def test_equal_inputs_give_an_equal_page_and_order_of_rows_does_not_matter(rows) -> None:
-    assert page(rows) == page(rows[::-1])
-
-
-def test_counts_of_rows_and_duplicates_stand_on_the_page(rows) -> None:
-    html = page(rows)
-    for text in ("8 held-out rows", "683 exact", "111 near", "440 rows", "a loss of 1.250 nats"):
-        assert text in html
-
-
-def test_differences_mark_what_the_answer_adds_and_leaves_out() -> None:
-    found = evaluation_page.differences('{"x": "float"}', GOOD)
-    assert [(piece.kind, piece.text) for piece in found] == [
-        ("same", '{"x": "'),
-        ("missing", "int"),
-        ("extra", "float"),
-        ("same", '"}'),
-    ]
-    assert [piece.kind for piece in evaluation_page.differences(GOOD, GOOD)] == ["same"]
-    assert [piece.kind for piece in evaluation_page.differences("", GOOD)] == ["missing"]
-
-
-def test_the_worst_errors_come_first(rows) -> None:
-    lines = comparison.compare(rows, SETTINGS)
-    cards = evaluation_page.side_by_side(rows)
-    assert evaluation_page.worst(cards, lines)[0]["id"] == "parameters07"
-
-
-def test_validation_points_stand_where_the_validation_loss_was_measured(rows) -> None:
-    curve = evaluation_page.training_curve(
-        [{"step": str(step), "loss": "1.0", "val_loss": "2.0" if step < 3 else "1.0"} for step in range(5)]
-    )
-    assert len(curve["series"]["validation"]["dots"]) == 2
-    assert curve["series"]["validation"]["dots"][1][0] == 44 + 580 * 3 / 4
-    assert curve["last_step"] == 4
+    (line,) = (line for line in lines if line.measure == "macro_f1")
+    assert line.arms["base"] == 0
+    assert line.arms["tuned"] == pytest.approx(f1_score(["a"] * 24, ["a"] * 23 + ["b"], average="macro"))
+    assert comparison.main_measure([*lines, replace(line, measure="accuracy")], "parameters").measure == "accuracy"

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from stages.lib.errors import DataError
 from stages.lib.schema.split import SPLITS, Split
 from stages.lib.splits import OUT, TEST, TRAIN, VALIDATION
 
-SETTINGS = Split(seed=42, validation_fraction=0.1, test_fraction=0.2, max_rows={})
+SETTINGS = Split(seed=42, validation_fraction=0.1, test_fraction=0.2, max_rows={}, out_of_distribution=[])
 
 
 def facts(
@@ -127,7 +128,7 @@ def test_each_label_is_divided_as_requested() -> None:
     labels = [*["frequent"] * 2000, *["rare"] * 200, *["single"]]
     names = [f"g{number}" for number in range(2201)]
     for seed in range(10):
-        settings = Split(seed=seed, validation_fraction=0.1, test_fraction=0.2, max_rows={})
+        settings = replace(SETTINGS, seed=seed)
         split = splits.place(facts(names, labels=labels), np.arange(2201), settings).split
         assert shares(split[:2000]) == pytest.approx([0.7, 0.1, 0.2], abs=0.011)
         assert shares(split[2000:2200]) == pytest.approx([0.7, 0.1, 0.2], abs=0.045)
@@ -139,7 +140,8 @@ def test_rows_without_a_group_stand_alone() -> None:
 
 def test_another_seed_splits_otherwise_also_when_it_is_zero() -> None:
     ways = [
-        splits.place(facts(grouped(200)), np.arange(600), Split(seed, 0.1, 0.2, {})).split.tolist() for seed in (0, 1)
+        splits.place(facts(grouped(200)), np.arange(600), Split(seed, 0.1, 0.2, {}, [])).split.tolist()
+        for seed in (0, 1)
     ]
     assert ways[0] != ways[1]
 
@@ -223,7 +225,7 @@ def test_a_smaller_fraction_of_train_is_contained_in_a_larger_one_also_below_lim
     sources = ["a", "a", "a", "b"] * 100
     found = facts([""] * 400, ids=ids, sources=sources)
     split = np.array([TRAIN] * 360 + [TEST] * 40)
-    settings = Split(42, 0.1, 0.2, {"train": {"chat": 200}})
+    settings = Split(42, 0.1, 0.2, {"train": {"chat": 200}}, [])
     reasons = {
         part: splits.reduced(found, split, settings, {"a": 1.0, "b": 1.0}, part) for part in (0.1, 0.25, 0.5, 1.0)
     }

@@ -29,9 +29,9 @@ def differences(
         measure = "field_f1" if "field_f1" in applicable(references) else "rouge_l"
         score = SCORES[measure]
         found[f"{task}/{measure}"] = bootstrap.paired(
-            [score(answers[row["id"]], row["reference"]) for row in rows],
-            [score(row["answer"], row["reference"]) for row in rows],
-            [1.0] * len(rows),
+            bootstrap.mean,
+            [[score(answers[row["id"]], row["reference"]) for row in rows]],
+            [[score(row["answer"], row["reference"]) for row in rows]],
             samples=samples,
             confidence=confidence,
             seed=seed,

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 Fields = list[tuple[str, Any]]
 
 
-class _Fields(list):  # type: ignore[type-arg]
+class Object(list):  # type: ignore[type-arg]
     """The fields of one object in order, repeated names kept: a dict would hide that a name was written twice."""
 
 
@@ -17,10 +17,10 @@ def read_object(text: str) -> Fields | None:
     to a program. NaN and Infinity, which Python would accept, are not JSON.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_Fields, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=Object, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
-    return list(value) if isinstance(value, _Fields) else None
+    return list(value) if isinstance(value, Object) else None
 
 
 def is_json_object(text: str) -> bool:

@@ -6,6 +6,13 @@ from typing import Any
 from stages.lib.errors import check_values
 
 SPLITS = ("train", "validation", "test")
+OUT_OF_DISTRIBUTION = "_ood"
+"""Ends the name of a task whose rows are of a source out of distribution."""
+
+
+def task_in_train(task: str) -> str:
+    """The task of train that a task belongs to: itself, or the one whose rows out of distribution it holds."""
+    return task.removesuffix(OUT_OF_DISTRIBUTION)
 
 
 @dataclass
@@ -17,6 +24,7 @@ class Split:
         str, Any
     ]  # {split: {task: rows kept at most}}; a task that is not named is not limited. Any, because
     # OmegaConf cannot merge an experiment's values into nested typed dictionaries
+    out_of_distribution: list[str]  # sources whose rows are in test only, as tasks of their own, `<task>_ood`
 
     def __post_init__(self) -> None:
         held_out = self.validation_fraction + self.test_fraction
