@@ -81,10 +81,7 @@ class PackedTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by compute_loss; the trainer must not divide by the batches of a step again
-<<<<<<< HEAD
 
-=======
->>>>>>> origin/main
     watch: Watch
     checkpoints: Checkpoints
 
