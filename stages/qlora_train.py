@@ -52,10 +52,8 @@ def main(p: Params) -> None:
         )
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder)
-            described = adapters.describe(model, p.lora, resolved) | {
-                "determinism": resolved.determinism,
-                "ended": trained.ended,
-            }
+            described = adapters.describe(model, p.lora, resolved)
+            described |= {"ended": trained.ended, "determinism": resolved.determinism}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)

@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from stages.lib import unpacking
+from stages.lib import activations, unpacking
 
 DOCUMENTS = "documents"
 """Name under which transformers finds `document_attention`."""
@@ -185,7 +186,7 @@ class QuickMlp(nn.Module):
     stands_in_for = LlamaMLP
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.act_fn, nn.SiLU):
+        if not isinstance(self.act_fn, (nn.SiLU, SiLUActivation)):
             return super().forward(x)
         return self.down_proj(_GatedSilu.apply(*products(x, (self.gate_proj, self.up_proj))))
 
@@ -194,13 +195,13 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return activations.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         (g,) = gradients
-        return torch.ops.aten.silu_backward(g * up, gate), functional.silu(gate).mul_(g)
+        return activations.silu_backward(g * up, gate), activations.silu(gate).mul_(g)
 
 
 def document_attention(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.lib import adapters, files, numerics, unpacking
+from stages.lib import activations, adapters, files, numerics, unpacking
 from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
@@ -122,6 +122,8 @@ def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> P
         )
     except (OSError, ValueError) as fault:
         raise ModelError(f"{folder}: cannot load a causal language model from it: {fault}") from fault
+    if model.device.type == "cpu":
+        activations.steady(model)
     return model.eval()
 
 

@@ -81,6 +81,7 @@ class PackedTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by compute_loss; the trainer must not divide by the batches of a step again
+
     watch: Watch
     checkpoints: Checkpoints
 
@@ -178,7 +179,7 @@ class PackedTrainer(SFTTrainer):
         assert stored.keys() == parameters.keys()
         for name, parameter in parameters.items():
             assert (stored[name].dtype, stored[name].shape) == (parameter.dtype, parameter.shape)
-            parameter.data = stored[name]
+            parameter.data.copy_(stored[name])
         print(f"qlora_train: goes on after {folder.name}")
 
     @torch.no_grad()
