@@ -1,8 +1,8 @@
 """Memory that a training will take, from the configuration and the base's config.json alone, before weights are read.
 
-    held all the time   weights | adapter and its copies | optimizer | process
-    at the peak         + gradients + activations + logits + workspace          (a training step)
-                    or  + unpacked weights                                      (samples, on a CPU)
+    held all the time   weights (and unpacked ones) | adapter and its copies | optimizer | process
+    at the peak         + gradients + activations + logits + workspace       (a training step)
+                    or  + unpacked weights                                   (samples, on a CPU that has not kept them)
 
 The constants are calibrated on CPU runs (docs/benchmarks.md); on a GPU they are what the arithmetic says, and the
 interval is wider.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stages.lib import adapters, numerics, packing
+from stages.lib import adapters, numerics, packing, unpacking
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import FROM_WEIGHTS, VIRTUAL, Lora, Method, check_together
 from stages.lib.schema.numerics import Numerics, Quantization
@@ -114,14 +114,15 @@ def check(base: Path, lora: Lora, train: Train, n: Numerics, packs: Sequence[pac
     resolved = numerics.resolve(n)
     check_optimizer(train, resolved.device)
     model = skeleton(base)
-    found = memory(model, lora, train, n, resolved, heaviest(packs, train.batch_size))
+    room = unpacking.KEPT_SHARE * unpacking.available_memory()
+    found = memory(model, lora, train, n, resolved, heaviest(packs, train.batch_size), room=room)
     has, where = machine_memory(resolved.device)
     total = found.total()
     if total.expected > has:
-        listed = "".join(f"\n  {name:<12} {size}" for name, size in found.parts().items())
+        listed = "".join(f"\n  {name:<12} {size}" for name, size in found.parts().items() if size.high)
         raise ConfigError(
             f"qlora_train: found an estimated {total} for this configuration, expected at most the {has / GIB:.2f} GiB "
-            f"of {where}:{listed}\n{_advice(model, lora, train, n, resolved, packs)}"
+            f"of {where}:{listed}\n{_advice(model, lora, train, n, resolved, packs, room)}"
         )
     if total.high > has:
         log.warning("memory: estimated %s, of %.2f GiB of %s; it may not be enough", total, has / GIB, where)
@@ -135,6 +136,7 @@ def _advice(
     n: Numerics,
     resolved: numerics.Resolved,
     packs: Sequence[packing.Pack],
+    room: float,
 ) -> str:
     """What each key that lowers memory would come to, by itself."""
     lines = []
@@ -145,7 +147,7 @@ def _advice(
     if n.quantization is Quantization.none and lora.method is not Method.full:
         lines.append(("numerics.quantization=nf4", train, replace(n, quantization=Quantization.nf4)))
     found = {
-        change: memory(model, lora, t, numbers, resolved, heaviest(packs, t.batch_size)).total()
+        change: memory(model, lora, t, numbers, resolved, heaviest(packs, t.batch_size), room=room).total()
         for change, t, numbers in lines
     }
     changes = [f"{change} gives {size.expected / GIB:.2f} GiB" for change, size in found.items()]
@@ -174,11 +176,19 @@ def heaviest(packs: Sequence[packing.Pack], batch_size: int) -> Load:
 
 
 def memory(
-    model: PreTrainedModel, lora: Lora, train: Train, n: Numerics, resolved: numerics.Resolved, load: Load
+    model: PreTrainedModel,
+    lora: Lora,
+    train: Train,
+    n: Numerics,
+    resolved: numerics.Resolved,
+    load: Load,
+    *,
+    room: float = math.inf,
 ) -> Estimate:
     """Bytes of every part of a training on the resolved device.
 
-    Args: model: without weights. load: of the largest forward pass.
+    Args: model: without weights. load: of the largest forward pass. room: for the dense values of 4-bit weights, which
+        a CPU keeps at hand where they fit into it, and otherwise unpacks layer by layer.
     Raises: ConfigError, when lora.* names layers or modules that the base does not have.
     """
     shape = model.config.get_text_config()
@@ -189,7 +199,8 @@ def memory(
     in_layers = sum(math.prod(size) for size in layers.values())
     others = sum(parameter.numel() for parameter in model.parameters()) - in_layers
     per_weight = bytes_per_weight(n.quantization, is_double=n.double_quantization, compute=compute)
-    is_unpacked = resolved.device == "cpu" and n.quantization in PACKED
+    dense = in_layers * compute if resolved.device == "cpu" and n.quantization in PACKED else 0
+    is_kept = dense <= room
     largest = max(math.prod(size) for size in layers.values())
 
     ends = sum(sum(size) for size in layers.values()) * load.tokens * compute  # in and out of every linear layer
@@ -209,6 +220,7 @@ def memory(
     return Estimate(
         held={
             "weights": exactly(in_layers * per_weight + others * compute),
+            "unpacked": exactly(dense if is_kept else 0),
             "adapter": exactly((COPIES + (lora.method in FROM_WEIGHTS)) * trained * adapter),
             "optimizer": optimizer_states(train.optimizer, trained, adapter),
             "process": Range(*PROCESS[resolved.device]),
@@ -219,7 +231,7 @@ def memory(
             "logits": scaled(load.labelled * shape.vocab_size * BYTES["float32"], LOGITS),
             "workspace": in_flight + exactly(weights_in_use),
         },
-        sampling={"unpacked": exactly(in_layers * compute if is_unpacked and train.samples else 0)},
+        sampling={"unpacked": exactly(dense if train.samples and not is_kept else 0)},
     )
 
 
