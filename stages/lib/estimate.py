@@ -34,14 +34,17 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 BLOCK, OUTER_BLOCK = 64, 256
 """4-bit weights: one scale for 64 of them; with double quantization one byte, and a float32 for 256 of those."""
 
-KEPT = {"cpu": (1.1, 1.5, 1.9), "cuda": (0.9, 1.3, 1.8)}
+KEPT = {"cpu": (0.9, 1.2, 1.6), "cuda": (0.9, 1.3, 1.8)}
 """Activations kept for the backward pass, in inputs and outputs of the block's linear layers: these once, and the rest
 for norms, attention and elementwise work."""
+
+IN_FLIGHT = {"cpu": (1.0, 4.0, 8.0), "cuda": (0.5, 1.0, 1.5)}
+"""Inputs and outputs of one block, so many times, while its gradients are made; a CPU's allocator gives back late."""
 
 LOGITS = (1.0, 2.5, 3.0)
 """float32 values for each labelled token and word of the vocabulary: log-softmax, its gradient, and the logits."""
 
-PROCESS = {"cpu": (0.4 * GIB, 0.6 * GIB, 1.0 * GIB), "cuda": (0.4 * GIB, 0.7 * GIB, 1.2 * GIB)}
+PROCESS = {"cpu": (0.45 * GIB, 0.55 * GIB, 1.0 * GIB), "cuda": (0.4 * GIB, 0.7 * GIB, 1.2 * GIB)}
 """Libraries and the tokenizer in memory; on a GPU the context, its kernels and what the allocator cannot use."""
 
 PACKED = (Quantization.nf4, Quantization.fp4)
@@ -215,7 +218,7 @@ def memory(
         activations = exactly(inputs) + scaled(kept, KEPT[resolved.device])
     else:
         activations = scaled(ends, KEPT[resolved.device]) + exactly(of_adapter)
-    in_flight = scaled(ends / shape.num_hidden_layers, (0.5, 1.0, 1.5))  # of one block, while its gradients are made
+    in_flight = scaled(ends / shape.num_hidden_layers, IN_FLIGHT[resolved.device])
     weights_in_use = largest * compute * (4 if lora.method is Method.dora else 1)  # dora: B A, their sum and its square
     return Estimate(
         held={

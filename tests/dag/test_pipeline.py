@@ -65,6 +65,7 @@ def test_every_choice_composes_or_says_what_it_still_needs(choice: str) -> None:
     values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
     needs_a_commit = values.get("source") == "hub" and values["revision"] is None
     needs_another = choice in ("data=local", "data=url", "lora=full", "lora=last_layers")
+    needs_another |= choice == "data=banking77" and not (ROOT / values["path"]).exists()
     if needs_a_commit or needs_another:
         says = r"make pin|data\.(path|url): found|numerics\.quantization: found nf4"
         with pytest.raises((HydraException, OmegaConfBaseException), match=says):

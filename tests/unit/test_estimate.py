@@ -17,7 +17,7 @@ from stages.lib.schema.train import Optimizer
 from tests.conftest import ROOT
 
 DEFAULTS = config.load(qlora_train.Params, path=ROOT / "params.yaml")
-CPU = numerics.Resolved("cpu", "float32", "float32", "")
+CPU = numerics.Resolved("cpu", "float32", "float32", "strict", "")
 LOAD = estimate.Load(tokens=1024, labelled=200)
 
 
@@ -31,6 +31,7 @@ def total(base: Path, *, load: estimate.Load = LOAD, lora: dict[str, Any] | None
         replace(p.numerics, **(numbers or {})),
         CPU,
         load,
+        room=0,
     ).total()
 
 
@@ -85,6 +86,14 @@ def test_more_of_anything_takes_more_and_checkpointing_and_4_bit_take_less(tiny_
     assert total(tiny_model_dir, numbers={"quantization": Quantization.none}).expected > usual
     assert total(tiny_model_dir, train={"gradient_checkpointing": True}).expected < usual
     assert total(tiny_model_dir, train={"optimizer": Optimizer.adamw_8bit}).expected < usual
+
+
+def test_a_cpu_that_keeps_dense_values_of_4_bit_weights_holds_both(tiny_model_dir: Path) -> None:
+    p, model = DEFAULTS, estimate.skeleton(tiny_model_dir)
+    kept, not_kept = (estimate.memory(model, p.lora, p.train, p.numerics, CPU, LOAD, room=room) for room in (2**40, 0))
+    weights = sum(n_out * n_in for n_out, n_in in estimate.linear_layers(model).values())
+    assert kept.total().expected - not_kept.total().expected == 4 * weights
+    assert not_kept.sampling["unpacked"].expected == 4 * weights  # all at once only while samples are written
 
 
 def test_the_largest_batch_that_shuffling_may_draw_counts() -> None:
