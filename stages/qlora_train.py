@@ -25,13 +25,12 @@ class Params:
 def main(p: Params) -> None:
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import adapters, estimate, models, optimisation, training  # torch, once numerics are settled
+    from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
 
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
-    optimisation.check(p.train, resolved)
     estimate.check(base, p.lora, p.train, p.numerics, packs)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
