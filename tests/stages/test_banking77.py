@@ -135,7 +135,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         shutil.copytree(BASE, folder / "models/base")
         model_folder.settle_chat_template(folder / "models/base", "conf/prompt/chatml.jinja", Use.always)
         patch.chdir(folder)
-        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None))
+        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None, 2))
         Path("data/benchmarks").mkdir(parents=True)
         for stage in (prepare, dedup_split, tokenize_pack, qlora_train, evaluate):
             stage.main(config.load(stage.Params, [], Path("params.yaml")))
