@@ -119,6 +119,28 @@ def test_measures_of_text_equal_the_reference_implementations() -> None:
         assert SCORES["chrf"](answer, reference) == chrf.sentence_score(answer, [reference]).score / 100
 
 
+def test_bleu_is_the_geometric_mean_of_ngram_precisions_and_chrf_the_f2_of_character_ngrams() -> None:
+    answer, reference = "the cat sat on the mat", "the cat sat on a mat"
+    assert SCORES["bleu"](answer, reference) == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** (1 / 4))
+    short = "the cat sat on"  # every n-gram is right, but two words are missing
+    assert SCORES["bleu"](short, reference) == pytest.approx(math.exp(1 - 6 / 4))
+    assert SCORES["chrf"](answer, reference) == pytest.approx(plain_chrf(answer, reference))
+
+
+def plain_chrf(answer: str, reference: str) -> float:
+    """chrF2 by its definition (Popovic, 2015): precision and recall, each a mean over orders, without white space."""
+    shares = []
+    for n in range(1, 7):
+        found, expected = (
+            Counter(bare[i : i + n] for i in range(len(bare) - n + 1))
+            for bare in (text.replace(" ", "") for text in (answer, reference))
+        )
+        right = (found & expected).total()
+        shares.append((right / found.total(), right / expected.total()))
+    precision, recall = (mean(column) for column in zip(*shares, strict=True))
+    return 5 * precision * recall / (4 * precision + recall)
+
+
 def squad_f1(prediction: str, truth: str) -> float:
     """f1_score of the official evaluate-v1.1.py, in its own words."""
 
