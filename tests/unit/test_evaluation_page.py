@@ -7,22 +7,9 @@ import pytest
 
 from stages.lib import comparison, evaluation_page, ratings
 from stages.lib.measures import SCORES, classification
-from stages.lib.schema.evaluate import Classify, Evaluate, GeneralText
+from tests.evaluate_settings import settings
 
-SETTINGS = Evaluate(
-    seed=42,
-    fewshot=3,
-    batch_size=8,
-    max_new_tokens=32,
-    answer_margin=8,
-    max_rows={},
-    classify=Classify.likelihood,
-    others={},
-    base_16bit=False,
-    general_text=GeneralText(package=None, files="", tokens=512, window=256),
-    bootstrap_samples=100,
-    confidence=0.95,
-)
+SETTINGS = settings(bootstrap_samples=100)
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
 
 
@@ -47,9 +34,7 @@ def prediction(arm: str, number: int, answer: str, task: str = "parameters", **c
         "predicted": None,
         **dict.fromkeys(SCORES, float(answer == GOOD)),
     }
-    if "accuracy" in found:
-        found["accuracy"] = None
-    return found | changes
+    return found | {"accuracy": None} | changes
 
 
 def answered(task: str = "parameters", **right: int) -> list[dict[str, Any]]:
