@@ -131,6 +131,8 @@ def test_an_arm_that_answered_some_rows_only_is_compared_on_these() -> None:
     ]
     assert "difference on the same 12 rows +1.00" in verdict(rows)
     assert "12 rows" in page(rows)
+    few = [row for row in answered(base=0, fewshot=0, tuned=20) if row["arm"] != "tuned" or row["id"] < "parameters12"]
+    assert "12 held-out rows of parameters" in page(few)
 
 
 def test_another_model_that_was_named_has_its_column_and_its_place_in_the_verdict() -> None:
