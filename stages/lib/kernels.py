@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
@@ -202,7 +203,7 @@ class QuickMlp(nn.Module):
     stands_in_for = (LlamaMLP,)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.act_fn, nn.SiLU):
+        if not isinstance(self.act_fn, nn.SiLU | SiLUActivation):
             return super().forward(x)
         return self.down_proj(_GatedSilu.apply(*products(x, (self.gate_proj, self.up_proj))))
 
