@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize lm-eval clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize judge lm-eval clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -59,6 +59,9 @@ synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... 
 	python -m commands.synthesize $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(N),--rows "$(N)") $(if $(URL),--url "$(URL)") \
 		$(if $(GGUF),--gguf "$(GGUF)") $(ARGS)
+
+judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL=...
+	python -m commands.judge $(if $(MODEL),--model "$(MODEL)") $(if $(URL),--url "$(URL)") $(if $(GGUF),--gguf "$(GGUF)") $(ARGS)
 
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)

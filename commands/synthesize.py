@@ -11,26 +11,19 @@ The key of the endpoint comes from the environment, OPENAI_API_KEY, and is writt
 
 import argparse
 import json
-import os
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import httpx2
 import pyarrow as pa
 from tqdm import tqdm
 
-from stages.lib import files, local_endpoint, records, synthesis
-from stages.lib.errors import ConfigError, DataError, ExternalError, PipelineError
+from stages.lib import chat_endpoint, files, records, synthesis
+from stages.lib.errors import DataError, PipelineError
 
 TEST = Path("data/splits/test.parquet")
-WAITS_S = (1, 4, 16)  # before an endpoint that is busy is asked again
-BUSY = (429, 500, 502, 503, 504)
 REQUESTS_PER_ROW = 4  # at most, by default: with fewer rows from more requests something is wrong
 
 
@@ -108,11 +101,11 @@ def make(asked: argparse.Namespace) -> synthesis.Sieve:
     test = synthesis.questions_of(_rows(test_file)) if test_file else []
     print(f"{len(seeds)} seeds, to be kept apart from {len(test)} questions of {test_file or 'no test split'}")
     asked.out.mkdir(parents=True, exist_ok=True)
-    recorded = Responses(asked.out / "responses.jsonl")
+    recorded = chat_endpoint.Responses(asked.out / "responses.jsonl")
     sieve = synthesis.Sieve(seeds, test, settings)
     numbers = range(asked.requests or REQUESTS_PER_ROW * asked.rows)
     with ExitStack() as stack:
-        endpoint = _endpoint(asked, stack)
+        endpoint = chat_endpoint.opened(asked.url, asked.gguf, asked.timeout, stack)
         pool = stack.enter_context(ThreadPoolExecutor(asked.parallel))
         bar = stack.enter_context(tqdm(total=asked.rows, unit="row", disable=None))
         for start in numbers[:: asked.parallel]:
@@ -135,7 +128,7 @@ def make(asked: argparse.Namespace) -> synthesis.Sieve:
     return sieve
 
 
-def _record(body: dict[str, Any], endpoint: "Endpoint", recorded: "Responses") -> None:
+def _record(body: dict[str, Any], endpoint: chat_endpoint.Endpoint, recorded: chat_endpoint.Responses) -> None:
     recorded.add(body, endpoint.ask(body), endpoint.name)
 
 
@@ -160,105 +153,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: found a {type(row).__name__}, expected an object with named fields.")
         found.append(row)
     return found
-
-
-class Endpoint:
-    """Where responses come from; `name` is its address without credentials."""
-
-    def __init__(self, url: str, timeout_s: float, stack: ExitStack) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url: found {_bare(url)!r}, expected an address such as http://127.0.0.1:8080/v1")
-        self.name = _bare(url)
-        self._key = os.environ.get("OPENAI_API_KEY", "")
-        self._url = urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/chat/completions"))
-        is_here = parts.hostname in ("127.0.0.1", "localhost", "::1")  # never through a proxy
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        client = httpx2.Client(headers=headers, timeout=timeout_s, trust_env=not is_here)
-        self._client = stack.enter_context(client)
-
-    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The endpoint's chat completion.
-
-        Raises: ExternalError, when nobody answers, when it refuses, or when it stays busy.
-        """
-        for wait_s in (*WAITS_S, None):
-            try:
-                response = self._client.post(self._url, json=body)
-            except httpx2.HTTPError as fault:
-                raise ExternalError(
-                    f"{self.name}: no answer ({type(fault).__name__}). Check --url and that the server runs; what was "
-                    "answered so far is kept, the same command goes on from there."
-                ) from None
-            if response.status_code not in BUSY or wait_s is None:
-                break
-            time.sleep(wait_s)
-        text = response.text.replace(self._key, "<key>") if self._key else response.text
-        try:
-            found = json.loads(text)
-            is_completion = isinstance(found["choices"][0]["message"], dict)
-        except (ValueError, TypeError, LookupError):
-            is_completion = False
-        if response.status_code != 200 or not is_completion:
-            raise ExternalError(
-                f"{self.name}: answered with status {response.status_code}: {text[:200]!r}, expected a chat "
-                "completion. Check --url (it ends with /v1 for most servers), --model and OPENAI_API_KEY."
-            )
-        return dict(found)
-
-
-def _endpoint(asked: argparse.Namespace, stack: ExitStack) -> Endpoint | None:
-    if asked.gguf:
-        if not asked.gguf.is_file():
-            raise DataError(f"{asked.gguf}: not found, expected a GGUF file. Change --gguf.")
-        return Endpoint(stack.enter_context(local_endpoint.serving(asked.gguf)), asked.timeout, stack)
-    return Endpoint(asked.url, asked.timeout, stack) if asked.url else None
-
-
-def _bare(url: str) -> str:
-    """An address without user, password and query."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-
-
-class Responses:
-    """A file of responses, one a line, by the digest of the request; each is on the disk before it is used."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises: DataError, when a line other than the last is damaged; the last may have been cut by a kill."""
-        self._path, self._lock = path, threading.Lock()
-        self._found: dict[str, dict[str, Any]] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self._found[entry["request"]] = entry["response"]
-            except (ValueError, TypeError, LookupError):
-                raise DataError(
-                    f"{path}:{number}: no recorded response. Remove the line: it is asked for again."
-                ) from None
-
-    def __contains__(self, body: dict[str, Any]) -> bool:
-        return synthesis.digest(body) in self._found
-
-    def add(self, body: dict[str, Any], response: dict[str, Any], endpoint: str) -> None:
-        request = synthesis.digest(body)
-        entry = {"request": request, "response": response, "model": body["model"], "endpoint": endpoint}
-        line = json.dumps(entry, sort_keys=True) + "\n"  # in ASCII: half a character in a response is kept as it came
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            self._found[request] = response
-
-    def answer(self, body: dict[str, Any]) -> tuple[str, bool]:
-        """(what the response says, whether it was cut at max_tokens)."""
-        choice = self._found[synthesis.digest(body)]["choices"][0]
-        content = choice["message"].get("content")
-        return content if isinstance(content, str) else "", choice.get("finish_reason") == "length"
 
 
 if __name__ == "__main__":

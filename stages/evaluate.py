@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import files, rating_page, ratings, records, stage, tracking
 from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.numerics import Numerics
@@ -67,16 +67,22 @@ def main(p: Params) -> None:
         original = models.load_dense(BASE, p.numerics)
         for task, loss in arms.losses(original, tokenizer, test, batch_size=p.evaluate.batch_size).items():
             metrics |= {f"test/{task}/loss/base_16bit": loss, f"test/{task}/perplexity/base_16bit": math.exp(loss)}
+    rated = ratings.summarise(ratings.read(), ratings.pairs(found.predictions, seed=p.evaluate.seed), p.evaluate)
+    metrics |= ratings.metrics(rated)
+    questions = {row["id"]: (records.conversation(row) or [])[:-1] for row in test}
     page = evaluation_page.render(
         lines,
         found.predictions,
         metrics,
-        questions={row["id"]: (records.conversation(row) or [])[:-1] for row in test},
+        questions=questions,
         limits=found.limits,
         curve=files.read_csv(Path("plots/train.csv")),
         counts=files.read_json(Path("metrics/dedup_split.json")),
         model=files.read_json(BASE / "source.json")["id"],
         p=p.evaluate,
+        slices=slices,
+        forgetting=forgetting,
+        rated=rated,
     )
     with files.replacing(Path("reports/evaluation")) as folder:
         files.write_rows(folder / "predictions.parquet", found.predictions, comparison.PREDICTIONS)
@@ -84,7 +90,9 @@ def main(p: Params) -> None:
         if slices:
             files.write_csv(folder / "slices.csv", comparison.table(slices))
         (folder / "index.html").write_text(page, encoding="utf-8")
-    print(comparison.verdict(lines), general.verdict(forgetting))
+        rate = rating_page.render(found.predictions, questions, p.evaluate)
+        (folder / "rate.html").write_text(rate, encoding="utf-8")
+    print(evaluation_page.verdict(lines, forgetting))
     tracking.report("evaluate", metrics, found.measured())
     tracking.log_table("answers", evaluation_page.answers_table(found.predictions))
     tracking.log_file(Path("reports/evaluation/index.html"), "reports")

@@ -3,7 +3,6 @@
 A model that learns a task may forget others. Prose that no task is about shows it: its perplexity before and after.
 """
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -116,18 +115,3 @@ def likelihoods(model: PreTrainedModel, read: Sequence[Window]) -> list[float]:
 def metrics(lines: Sequence[Line]) -> dict[str, float]:
     """`general/<measure>/{base,tuned,delta,low,high}`."""
     return {name.removeprefix("test/"): value for name, value in comparison.metrics(lines).items()}
-
-
-def verdict(lines: Sequence[Line]) -> str:
-    """What became of general text, in one sentence; empty without it."""
-    for line in lines:
-        if line.measure == "perplexity":
-            found = line.against["base"]
-            word = {"better": "lower", "worse": "higher"}.get(line.verdict("base"), "cannot be told from the base's")
-            change = 100 * math.expm1(math.log(line.arms["tuned"] / line.arms["base"]))
-            return (
-                f"General text: perplexity {line.arms['base']:.2f} \N{RIGHTWARDS ARROW} {line.arms['tuned']:.2f} "
-                f"({change:+.1f}%, {word}; difference {found.delta:+.2f}, between {found.low:+.2f} and "
-                f"{found.high:+.2f})."
-            )
-    return ""

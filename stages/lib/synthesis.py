@@ -245,8 +245,3 @@ def _words(text: str) -> list[str]:
 def _shingles(text: str) -> frozenset[str]:
     words = _words(text) or [text]
     return frozenset(" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1)))
-
-
-def digest(body: Mapping[str, Any]) -> str:
-    """Which request a response answers."""
-    return records.digest(body)

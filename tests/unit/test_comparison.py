@@ -1,6 +1,5 @@
-"""Figures per arm and measure, and how the page words them."""
+"""Figures per arm and measure."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from stages.lib import comparison, evaluation_page
+from stages.lib import comparison
 from stages.lib.errors import DataError
 from stages.lib.measures import OF_JSON, SCORES
 from tests.evaluate_settings import settings
@@ -39,7 +38,7 @@ def predictions(answers: dict[str, list[str]], nll: dict[str, float], task: str 
             "label": None,
             "predicted": None,
             **{name: score(answer, GOOD) for name, score in SCORES.items()},
-            "accuracy": None,
+            "accuracy": None,  # these rows have no label
         }
         for arm, written in answers.items()
         for number, answer in enumerate(written)
@@ -75,16 +74,6 @@ def test_a_measure_that_does_not_apply_leaves_no_key(rows) -> None:
     lines = comparison.compare(rows, SETTINGS)
     assert not [name for name in comparison.metrics(lines) if "json_valid" in name or "field_f1" in name]
     assert comparison.main_measure(lines, "parameters").measure == "rouge_l"
-
-
-def test_a_gain_that_examples_in_the_prompt_bring_too_is_said_not_to_be_better(rows) -> None:
-    assert comparison.verdict(comparison.compare(rows, SETTINGS)).startswith(
-        "On parameters, the tuned model is better than the base model and better than few-shot prompting (field_f1 base"
-    )
-    for row in rows:
-        if row["arm"] == "fewshot":
-            row |= {name: 1.0 for name in SCORES if row[name] is not None}
-    assert "but not better than few-shot prompting" in comparison.verdict(comparison.compare(rows, SETTINGS))
 
 
 def test_a_difference_is_told_only_while_the_corrected_sign_test_finds_it() -> None:
@@ -160,93 +149,3 @@ def test_classifications_are_judged_by_accuracy_and_have_macro_f1(rows) -> None:
     assert line.arms["base"] == 0
     assert line.arms["tuned"] == pytest.approx(f1_score(["a"] * 24, ["a"] * 23 + ["b"], average="macro"))
     assert comparison.main_measure([*lines, replace(line, measure="accuracy")], "parameters").measure == "accuracy"
-
-
-CALLING = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look_up"}}]}
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    lines = comparison.compare(rows, SETTINGS)
-    return evaluation_page.render(
-        lines,
-        rows,
-        comparison.metrics(lines) | {"test/parameters/loss/base_16bit": 1.25},
-        questions={
-            row["id"]: [{"role": "user", "content": "Which </pre><script> parameters?"}, CALLING] for row in rows
-        },
-        limits={task: 20 for task in {row["task"] for row in rows}},
-        curve=[
-            {"step": "0", "loss": "2.0", "val_loss": "2.1"},
-            {"step": "1", "loss": "1.5", "val_loss": "2.1"},
-            {"step": "2", "loss": "1.0", "val_loss": "1.2"},
-        ],
-        counts={"duplicates/exact": 683, "duplicates/near": 111, "rows/in": 7013, "rows/train": 440},
-        model="a/model",
-        p=SETTINGS,
-    )
-
-
-def test_the_page_says_the_verdict_first_in_one_sentence(rows) -> None:
-    heading = re.search(r"<h1>(.*?)</h1>", page(rows), re.DOTALL)
-    assert heading is not None
-    assert heading[1].startswith(
-        "On parameters, the tuned model is better than the base model, with and without examples"
-    )
-    assert heading[1].count(". ") == 0
-
-
-def test_a_turn_that_only_calls_a_tool_is_shown(rows) -> None:
-    assert "look_up" in page(rows)
-
-
-def test_without_a_sure_difference_the_page_does_not_claim_one(rows) -> None:
-    arms = ("base", "fewshot", "tuned")
-    same = predictions({arm: [GOOD, BAD] for arm in arms}, dict.fromkeys(arms, 1.0))
-    html = page(same)
-    assert "cannot be told from the base model" in html
-    assert 'class="chip cannot-tell"' in html
-    assert 'class="chip better"' not in html
-
-
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(rows) -> None:
-    html = page(rows)
-    assert not re.search(r"https?://|<script|<link|@import|url\(|<img|<iframe", html)
-    assert "&lt;/pre&gt;&lt;script&gt;" in html  # what a row holds is text, never markup
-    assert "&lt;b&gt;" in html
-
-
-def test_equal_inputs_give_an_equal_page_and_order_of_rows_does_not_matter(rows) -> None:
-    assert page(rows) == page(rows[::-1])
-
-
-def test_counts_of_rows_and_duplicates_stand_on_the_page(rows) -> None:
-    html = page(rows)
-    for text in ("24 held-out rows", "683 exact", "111 near", "440 rows", "a loss of 1.250 nats"):
-        assert text in html
-
-
-def test_differences_mark_what_the_answer_adds_and_leaves_out() -> None:
-    found = evaluation_page.differences('{"x": "float"}', GOOD)
-    assert [(piece.kind, piece.text) for piece in found] == [
-        ("same", '{"x": "'),
-        ("missing", "int"),
-        ("extra", "float"),
-        ("same", '"}'),
-    ]
-    assert [piece.kind for piece in evaluation_page.differences(GOOD, GOOD)] == ["same"]
-    assert [piece.kind for piece in evaluation_page.differences("", GOOD)] == ["missing"]
-
-
-def test_the_worst_errors_come_first(rows) -> None:
-    lines = comparison.compare(rows, SETTINGS)
-    cards = evaluation_page.side_by_side(rows)
-    assert evaluation_page.worst(cards, lines)[0]["id"] == "parameters23"
-
-
-def test_validation_points_stand_where_the_validation_loss_was_measured(rows) -> None:
-    curve = evaluation_page.training_curve(
-        [{"step": str(step), "loss": "1.0", "val_loss": "2.0" if step < 3 else "1.0"} for step in range(5)]
-    )
-    assert len(curve["series"]["validation"]["dots"]) == 2
-    assert curve["series"]["validation"]["dots"][1][0] == 44 + 580 * 3 / 4
-    assert curve["last_step"] == 4

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from commands import synthesize
-from stages.lib import records, synthesis
+from stages.lib import chat_endpoint, records, synthesis
 from stages.lib.synthesis import Seed, Sieve
 from tests.hub_stub import listening
 
@@ -186,7 +186,7 @@ def serving() -> Iterator[Stub]:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    monkeypatch.setattr(synthesize, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(chat_endpoint, "WAITS_S", (0.0, 0.0))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with serving() as stub:
         stub.answer = numbered
