@@ -42,7 +42,7 @@ def main(p: Params) -> None:
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
     numerics.seed_everything(p.evaluate.seed, p.numerics)
-    described, found = arms.describe(tokenizer, test), arms.Predicted()
+    described, found = arms.describe(tokenizer, test, SPLITS / "train.parquet"), arms.Predicted()
     # A CPU unpacks 4-bit weights anew at every token; unpacked once they cost memory and save most of the time.
     dense = resolved.device == "cpu"
     model = models.load_tuned(BASE, ADAPTER, p.numerics, dense=dense)

@@ -12,14 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import chat, fewshot, generation, languages, models, numerics, others, prefill, records, scoring
+from stages.lib import (
+    chat,
+    classification,
+    fewshot,
+    generation,
+    languages,
+    models,
+    numerics,
+    others,
+    prefill,
+    records,
+    scoring,
+)
 from stages.lib.measures import SCORES, applicable, library
-from stages.lib.schema.evaluate import ARMS, Evaluate
+from stages.lib.schema.evaluate import ARMS, Classify, Evaluate
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.pack import Labels
+from stages.lib.schema.split import task_in_train
 
 __all__ = ["ARMS", "Arm", "Predicted", "answer", "answer_limit", "describe", "losses", "predict", "questions"]
 
@@ -48,9 +62,9 @@ class Answered:
     """What a model made of a question: its own answer, and how likely it found the reference."""
 
     answer: str
-    new_tokens: int
-    stopped: bool
     likelihood: scoring.Likelihood
+    new_tokens: int | None  # None, as stopped: the answer was chosen among labels
+    stopped: bool | None
 
 
 @dataclass(frozen=True)
@@ -123,19 +137,28 @@ class Described:
 
     length: str
     language: str | None
+    labels: Sequence[str]  # that its task's answers are among; none, when that is no classification
 
 
-def describe(tokenizer: PreTrainedTokenizerFast, test: Sequence[Row]) -> dict[str, Described]:
-    """Length and language of each row's prompt without examples, by row id."""
+def describe(tokenizer: PreTrainedTokenizerFast, test: Sequence[Row], train: Path) -> dict[str, Described]:
+    """Length and language of each row's prompt without examples, and the labels of its task, by row id.
+
+    Labels are those of train and test together: a small test split may lack some.
+    """
+    known = pq.read_table(train, columns=["task", "label"]).group_by(["task", "label"]).aggregate([]).to_pylist()
     found = {}
-    for rows in by_task(test).values():
+    for task, rows in by_task(test).items():
         asked = questions(tokenizer, rows)
+        trained = [{**row, "kind": "chat"} for row in known if row["task"] == task_in_train(task)]
+        labels = classification.labels_of([*rows, *trained]) or ()
+        if any(question.reference != question.row["label"] for question in asked):
+            labels = ()
         lengths = thirds([len(question.prompt) for question in asked])
         for row, length in zip(rows, lengths, strict=True):
             turns = records.conversation(row)
             users = [turn.get("content") or "" for turn in turns or () if turn["role"] == "user"]
             text = row["text"] if turns is None else "\n".join(users)
-            found[row["id"]] = Described(length, languages.language(text))
+            found[row["id"]] = Described(length, languages.language(text), labels)
     return found
 
 
@@ -159,15 +182,20 @@ def predict(arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p
         chosen = drawn(rows, p.max_rows[arm.name], p.seed) if arm.name in p.max_rows else rows
         ids = {row["id"] for row in chosen}
         asked = [question for question in every if question.row["id"] in ids]
+        labels = described[rows[0]["id"]].labels if p.classify is Classify.likelihood else ()
         with arm.weights():
-            answered = answer(
-                arm.model,
-                arm.tokenizer,
-                asked,
-                stop_ids=arm.stop_ids,
-                max_new_tokens=limit,
-                batch_size=p.batch_size,
-                speed=speed,
+            answered = (
+                choose(arm, asked, labels, batch_size=p.batch_size)
+                if labels
+                else answer(
+                    arm.model,
+                    arm.tokenizer,
+                    asked,
+                    stop_ids=arm.stop_ids,
+                    max_new_tokens=limit,
+                    batch_size=p.batch_size,
+                    speed=speed,
+                )
             )
         found.limits.setdefault(task, limit)
         found.predictions += _scored(arm.name, asked, answered, described)
@@ -207,7 +235,11 @@ def _scored(
 ) -> list[dict[str, Any]]:
     """Rows of comparison.PREDICTIONS for one task and arm."""
     references = [question.reference for question in asked]
-    scores = library.score_rows(applicable(references), [given.answer for given in answered], references)
+    of_labels = bool(described[asked[0].row["id"]].labels)
+    names = applicable(references, of_labels=of_labels)
+    scores = library.score_rows(
+        names, [given.answer.strip() if of_labels else given.answer for given in answered], references
+    )
     return [
         {
             "arm": arm,
@@ -223,9 +255,9 @@ def _scored(
             "n_bytes": question.n_bytes,
             "nll": given.likelihood.nll,
             "new_tokens": given.new_tokens,
-            "stops": float(given.stopped),
-            "label": None,
-            "predicted": None,
+            "stops": None if given.stopped is None else float(given.stopped),
+            "label": question.reference if of_labels else None,
+            "predicted": given.answer.strip() if of_labels else None,
             **{name: scores[name][place] if name in scores else None for name in SCORES},
         }
         for place, (question, given) in enumerate(zip(asked, answered, strict=True))
@@ -287,8 +319,30 @@ def answer(
         speed.tokens += sum(len(new.ids) + new.stopped for new in written)
         for row, likelihood, new in zip(rows, likelihoods, written, strict=True):
             text = tokenizer.decode(new.ids, skip_special_tokens=True)
-            found[row] = Answered(text, len(new.ids), new.stopped, likelihood)
+            found[row] = Answered(text, likelihood, len(new.ids), new.stopped)
     started = time.monotonic()
     for _ in prefill.in_batches(model, [sorted(prompts, key=len)[len(prompts) // 2]], room=1, batch_size=1):
         speed.first_token.append(time.monotonic() - started)
     return [found[row] for row in range(len(asked))]
+
+
+def choose(arm: Arm, asked: Sequence[Question], labels: Sequence[str], *, batch_size: int) -> list[Answered]:
+    """Let a model answer with the label it finds the most likely."""
+    turns = records.conversation(asked[0].row) or []
+    answers = classification.label_answers(arm.tokenizer, turns[:-1], labels, asked[0].row["tools"])
+    nll = classification.label_likelihoods(
+        arm.model,
+        [question.prompt for question in asked],
+        answers,
+        batch_size=batch_size,
+        references=[question.reference for question in asked],
+    )
+    return [
+        Answered(
+            labels[int(found.argmin())],
+            scoring.Likelihood(float(found[labels.index(question.reference)]), len(question.answer)),
+            new_tokens=None,
+            stopped=None,
+        )
+        for question, found in zip(asked, nll, strict=True)
+    ]

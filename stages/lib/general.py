@@ -103,7 +103,9 @@ def likelihoods(model: PreTrainedModel, read: Sequence[Window]) -> list[float]:
     found = []
     for start in range(0, len(read), AT_ONCE):
         ids = torch.tensor([window.ids for window in read[start : start + AT_ONCE]], device=model.device)  # (b, T)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (b, T - 1, V)
+        logits = model(input_ids=ids, use_cache=False).logits[
+            :, -ids.shape[1] : -1
+        ]  # (b, T - 1, V); virtual tokens apart
         expected = ids[:, 1:].flatten()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), expected, reduction="none")
         found += nll.view(len(ids), -1).double().sum(dim=1).tolist()

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -288,3 +289,13 @@ def test_a_source_of_which_too_much_is_dropped_ends_the_stage() -> None:
 def test_texts_come_in_the_order_they_are_asked_for() -> None:
     batches = records.table([row(str(number)) for number in range(9)]).to_batches(max_chunksize=2)
     assert dedup.texts_of(batches, np.array([7, 0, 8])).to_pylist() == ["7\nyes", "0\nyes", "8\nyes"]
+
+
+def test_rows_of_a_source_apart_give_way_to_others_whatever_their_ids_and_tie_nothing() -> None:
+    for seed in range(6):
+        words = sentence(seed)
+        first, between, second = changed(words, 3), changed(words, 3, 20), changed(words, 20)
+        rows = [row(first), row(between, source="far"), row(second)]
+        found = dedup.near_duplicates(compared(rows), replace(settings(), threshold=0.9), ["far"])
+        assert {rows[number]["id"] for number in found.kept.tolist()} == {rows[0]["id"], rows[2]["id"]}
+        assert found.cluster[0] != found.cluster[2]

@@ -200,6 +200,22 @@ def test_synthetic_rows_are_train_tie_nothing_together_and_are_out_where_their_g
     assert split[40:].tolist() == [OUT, *[TRAIN] * 31]
 
 
+def test_rows_out_of_distribution_are_test_only_move_nobody_and_are_out_where_they_belong_to_others() -> None:
+    names = [f"g{number}" for number in range(40)]
+    held = next(name for name in names if hashed(name) == TEST)
+    other = next(name for name in names if hashed(name) == TRAIN)
+    sources = [*["file"] * 40, *["far"] * 6]
+    groups = [*names, held, other, "far 1", "far 1", "far 2", "far 3"]
+    clusters = np.arange(46)
+    clusters[44:46] = clusters[names.index(other)], clusters[names.index(held)]
+    settings = replace(SETTINGS, out_of_distribution=["far"])
+    official = [*[None] * 40, *["train"] * 6]
+    placed = splits.place(facts(groups, sources=sources, official=official), clusters, settings)
+    assert placed.split[:40].tolist() == [hashed(name) for name in names]
+    assert placed.split[40:].tolist() == [TEST, OUT, TEST, TEST, OUT, TEST]
+    assert placed.metrics()["split/share/test"] == pytest.approx(sum(hashed(name) == TEST for name in names) / 40)
+
+
 def test_a_larger_limit_only_adds_rows_and_each_split_and_task_has_its_own() -> None:
     split = np.array([TRAIN] * 50 + [TEST] * 50)
     task = np.array(["chat", "summary"] * 50)

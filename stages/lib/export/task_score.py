@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.lib import bootstrap
+from stages.lib import bootstrap, comparison
 from stages.lib.measures import SCORES, applicable
 
 
@@ -17,7 +17,7 @@ def differences(
 ) -> dict[str, bootstrap.Difference]:
     """Exported minus trained model, by `task/measure`, with the paired bootstrap interval.
 
-    The measure is field F1 for tasks whose answers are JSON objects, ROUGE-L for others.
+    The measure is accuracy of classifications, field F1 where answers are JSON objects, else ROUGE-L.
 
     Args: answers: row id -> answer of the exported model. tuned: rows of predictions.parquet, arm `tuned`, of which
         those with an answer are compared.
@@ -26,7 +26,7 @@ def differences(
     for task in sorted({row["task"] for row in tuned if row["id"] in answers}):
         rows = sorted((row for row in tuned if row["task"] == task and row["id"] in answers), key=lambda row: row["id"])
         references = [row["reference"] for row in rows]
-        measure = "field_f1" if "field_f1" in applicable(references) else "rouge_l"
+        measure = comparison.main_of(applicable(references, of_labels=rows[0]["label"] is not None))
         score = SCORES[measure]
         found[f"{task}/{measure}"] = bootstrap.paired(
             bootstrap.mean,
