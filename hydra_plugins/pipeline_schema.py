@@ -18,7 +18,7 @@ from stages.lib.schema.data import Data
 from stages.lib.schema.dedup import Dedup
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
-from stages.lib.schema.lora import Lora
+from stages.lib.schema.lora import Lora, check_together
 from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.pack import Pack
@@ -75,6 +75,7 @@ def check(*, _root_: DictConfig) -> str:
         raise ConfigError("\n".join(lines))
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
     built: Any = OmegaConf.to_object(sections)
+    check_together(built["lora"], built["numerics"], gradient_checkpointing=built["train"].gradient_checkpointing)
     inputs.check(built["data"], environment.root())
     benchmarks = built["dedup"].contamination.benchmarks
     inputs.check_visible(benchmarks, environment.root(), key="dedup.contamination.benchmarks")
