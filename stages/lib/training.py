@@ -186,8 +186,8 @@ class PackedTrainer(SFTTrainer):
     def _check_start(self, inputs: dict[str, torch.Tensor]) -> None:
         """The adapter adds nothing yet, so that training has to start at the loss of the base.
 
-        Compared without dropout and NEFTune's noise, which are of training and not of the start. Virtual tokens are
-        exempt: they change the answers from the start.
+        Compared without dropout and NEFTune's noise, which are of training and not of the start. Virtual tokens change
+        every answer from the start.
         """
         if adapters.is_virtual(self.model):
             return
