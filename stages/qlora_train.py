@@ -53,7 +53,7 @@ def main(p: Params) -> None:
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder)
             described = adapters.describe(model, p.lora, resolved)
-            described |= {"ended": trained.ended, "determinism": resolved.determinism}
+            described |= {"ended": trained.ended}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)
