@@ -124,7 +124,7 @@ def check(base: Path, lora: Lora, train: Train, n: Numerics, packs: Sequence[pac
     if total.expected > has:
         listed = "".join(f"\n  {name:<12} {size}" for name, size in found.parts().items() if size.high)
         raise ConfigError(
-            f"qlora_train: found an estimated {total} for this configuration, expected at most the {has / GIB:.2f} GiB "
+            f"memory: found an estimated {total} for this configuration, expected at most the {has / GIB:.2f} GiB "
             f"of {where}:{listed}\n{_advice(model, lora, train, n, resolved, packs, room)}"
         )
     if total.high > has:
