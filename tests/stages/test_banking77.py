@@ -23,6 +23,7 @@ LONG = 14  # words of the questions that are planted: such long ones are in no o
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not BANKING77.is_dir(), reason=f"{BANKING77} is not there"),
 ]
 

@@ -83,6 +83,21 @@ def test_a_beginning_worse_than_a_whole_label_is_not_read_on(model: Any) -> None
     assert np.isfinite(label_likelihoods(model, PROMPTS[:1], answers, batch_size=8)).all()
 
 
+@torch.inference_mode()
+def test_a_label_a_little_better_than_the_right_one_is_found(model: Any) -> None:
+    prompt = PROMPTS[0]
+    order = model(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+    answers = {}
+    for name, token in (("right", order[2]), ("close", order[1]), ("best", order[0])):  # all that counts comes first
+        logits = model(torch.tensor([[*prompt, token]])).logits[0, -1]
+        answers[name] = [token, int(logits.argmax())]
+    exact = label_likelihoods(model, [prompt], answers, batch_size=8)
+    found = label_likelihoods(model, [prompt], answers, batch_size=8, references=["right"])
+    assert np.ptp(exact) < 3
+    assert found.argmin() == exact.argmin() != 0
+    assert found.min() == pytest.approx(exact.min(), abs=1e-4)
+
+
 def test_long_labels_are_read_to_the_end_when_reserved_columns_run_out(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
