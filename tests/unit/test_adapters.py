@@ -201,7 +201,7 @@ def comes_back(base: Path, folder: Path, p: Lora, n: Numerics) -> None:
         torch.testing.assert_close(logits(model), untouched, rtol=0, atol=1e-5)
     tuned(model)
     with model.disable_adapter():
-        assert torch.equal(logits(model), untouched)
+        torch.testing.assert_close(logits(model), untouched, rtol=0, atol=1e-5)
     adapters.save(model, folder)
 
     learned = sum(parameter.numel() for parameter in adapters.trainable(model).values())
@@ -404,8 +404,7 @@ def test_all_that_is_trained_has_the_adapters_type_inside_a_base_of_another(
         parameter.data = parameter.data.float()
     adapters.save(tuned(model), tmp_path)
     loaded = models.load_tuned(tiny_model_dir, tmp_path, half)
-    assert {tensor.dtype for tensor in get_peft_model_state_dict(loaded, save_embedding_layers=False).values()} == {
-        torch.float32
-    }
+    found = get_peft_model_state_dict(loaded, save_embedding_layers=False).values()
+    assert {tensor.dtype for tensor in found} == {torch.float32}
     assert logits(loaded).dtype == torch.bfloat16
-    torch.testing.assert_close(logits(loaded), logits(model))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0.05)
