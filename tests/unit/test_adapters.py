@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -22,11 +23,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from commands.params import FAULTS, composed
 from stages.lib import adapters, chat, files, generation, loss, merging, models, numerics, scoring
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import FROM_WEIGHTS, VIRTUAL, AlphaMode, Lora, Method, check_together
 from stages.lib.schema.merge import Base, Dtype
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
+from tests.conftest import ROOT
 
 NF4 = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.nf4, True)
 PLAIN = replace(NF4, quantization=Quantization.none)
@@ -408,3 +411,21 @@ def test_all_that_is_trained_has_the_adapters_type_inside_a_base_of_another(
     assert {tensor.dtype for tensor in found} == {torch.float32}
     assert logits(loaded).dtype == torch.bfloat16
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0.05)
+
+
+def test_every_configuration_of_a_method_says_what_it_is_and_starts_at_scaling_one() -> None:
+    found = []
+    for path in sorted((ROOT / "conf/lora").glob("*.yaml")):
+        assert path.read_text().startswith("# ")
+        merged = OmegaConf.merge(OmegaConf.load(ROOT / "conf/lora/r16.yaml"), OmegaConf.load(path))
+        merged.pop("defaults", None)
+        found.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Lora), merged)))
+    assert {p.method for p in found} == set(Method)
+    assert {p.scaling for p in found} == {1.0}
+
+
+def test_a_method_that_the_quantization_rules_out_does_not_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(FAULTS, match=r"numerics\.quantization: found nf4 with lora\.method=full"):
+        composed(["lora=full"])
+    assert composed(["lora=last_layers", "numerics.quantization=none"])["lora"]["last_layers"] == 2
