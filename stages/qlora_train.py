@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.lib import chat, checkpoints, files, numerics, packing, stage, tracking
-from stages.lib.schema.lora import Lora, check_together
+from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.train import Train
 
@@ -27,7 +27,6 @@ def main(p: Params) -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
 
-    check_together(p.lora, p.numerics, gradient_checkpointing=p.train.gradient_checkpointing)
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
