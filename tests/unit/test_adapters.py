@@ -428,4 +428,4 @@ def test_a_method_that_the_quantization_rules_out_does_not_compose(monkeypatch: 
     monkeypatch.chdir(ROOT)
     with pytest.raises(FAULTS, match=r"numerics\.quantization: found nf4 with lora\.method=full"):
         composed(["lora=full"])
-    assert composed(["lora=last_layers", "numerics.quantization=none"])["lora"]["last_layers"] == 2
+    assert composed(["lora=last_layers", "numerics.quantization=none"])["lora"]["last_layers"] == 8
