@@ -5,6 +5,7 @@ Everything here is a function of tables of predictions: those of one run, or of 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,7 @@ def _columns(how: _Measure, rows: Iterable[Prediction]) -> list[tuple[float, ...
     return list(zip(*(how.columns(row) for row in rows), strict=True))
 
 
+@cache
 def sign_test(up: int, down: int) -> float:
     """Two-sided p-value of that many rows on either side when both sides are equally likely; ties say nothing."""
     return float(binomtest(up, up + down).pvalue) if up + down else 1.0

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +102,7 @@ def test_metrics_are_flat_numbers_per_task_measure_and_figure(workplace: Path) -
     evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
     metrics = files.read_json(Path("metrics/evaluate.json"))
     figures = {"base", "fewshot", "tuned", "delta", "low", "high", "delta_fewshot", "low_fewshot", "high_fewshot"}
-    for task, measures in (("fields", {"json_valid", "field_f1"}), ("words", set())):
+    for task, measures in (("fields", set(OF_JSON)), ("words", set())):
         expected = measures | {"loss", "perplexity", "bits_per_byte", "stops"} | set(SCORES) - {*OF_JSON, "accuracy"}
         found = {tuple(name.split("/")[2:]) for name in metrics if name.startswith(f"test/{task}/")}
         extra = {("loss", "base_16bit"), ("perplexity", "base_16bit")}
@@ -125,6 +127,76 @@ def test_texts_are_scored_and_unwanted_answers_are_counted_and_left_out(workplac
     assert (metrics["rows/test"], metrics["rows/unusable/unwanted"]) == (2, 1)
     assert metrics["test/text/loss/base"] > 0
     assert "foxes" in Path("reports/evaluation/index.html").read_text()
+
+
+def test_classifications_are_answered_by_the_likelihood_of_their_labels_and_on_fewer_rows_where_asked(
+    workplace: Path,
+) -> None:
+    from stages.lib import arms, chat, models, scoring
+
+    def labelled(number: int) -> dict:
+        label = ("fox", "lazy dog")[number % 2]
+        turns = [{"role": "user", "content": f"which is {number}"}, {"role": "assistant", "content": label}]
+        return records.make(turns, group=str(number), source="s", task="animal", label=label)
+
+    records.write(Path("data/splits/train.parquet"), [labelled(number) for number in range(4)])
+    records.write(Path("data/splits/test.parquet"), [labelled(number) for number in range(10, 16)])
+    few = replace(SETTINGS, max_rows={"fewshot": 4}, base_16bit=False)
+    evaluate.main(evaluate.Params(few, NUMERICS))
+    rows = files.read_rows(Path("reports/evaluation/predictions.parquet"))
+    assert Counter(found["arm"] for found in rows) == {"base": 6, "fewshot": 4, "tuned": 6}
+    tokenizer = chat.load_tokenizer(Path("models/base"))
+    asked = {row["id"]: row for row in records.read(Path("data/splits/test.parquet"))}
+    tuned = [found for found in rows if found["arm"] == "tuned"]
+    questions = {
+        label: arms.questions(
+            tokenizer,
+            [
+                {**asked[found["id"]], "messages": [*asked[found["id"]]["messages"][:-1], answered(label)]}
+                for found in tuned
+            ],
+        )
+        for label in ("fox", "lazy dog")
+    }
+    model = models.load_tuned(Path("models/base"), Path("models/adapter"), NUMERICS)
+    nll = {
+        label: [
+            each.nll
+            for each in scoring.answer_likelihoods(model, [q.prompt for q in of], [q.answer for q in of], batch_size=1)
+        ]
+        for label, of in questions.items()
+    }
+    for place, found in enumerate(tuned):
+        assert found["answer"] == found["predicted"] == min(nll, key=lambda label: nll[label][place])
+        assert found["nll"] == pytest.approx(nll[found["label"]][place], rel=1e-4)
+        assert (found["stops"], found["new_tokens"], found["rouge_l"]) == (None, None, None)
+        assert found["accuracy"] == (found["predicted"] == found["label"])
+    metrics = files.read_json(Path("metrics/evaluate.json"))
+    assert metrics["test/animal/accuracy/tuned"] == sum(found["accuracy"] for found in tuned) / 6
+    assert 0 <= metrics["test/animal/macro_f1/tuned"] <= 1
+
+
+def answered(label: str) -> dict:
+    return {"role": "assistant", "content": label}
+
+
+def test_another_adapter_is_one_more_arm_and_a_task_out_of_distribution_sees_examples_of_its_task(
+    workplace: Path,
+) -> None:
+    from stages.lib import others
+
+    rows = [row(number, "words") | {"task": "words_ood"} for number in range(20, 23)]
+    records.write(Path("data/splits/test.parquet"), rows)
+    same = {"path": "models/adapter", "sha256": others.sha256(Path("models/adapter"))}
+    evaluate.main(evaluate.Params(replace(SETTINGS, others={"again": same}, base_16bit=False), NUMERICS))
+    predicted = files.read_rows(Path("reports/evaluation/predictions.parquet"))
+    by_arm = {arm: [found for found in predicted if found["arm"] == arm] for arm in ("again", "tuned", "fewshot")}
+    assert [found["nll"] for found in by_arm["again"]] == [found["nll"] for found in by_arm["tuned"]]
+    assert [found["answer"] for found in by_arm["again"]] == [found["answer"] for found in by_arm["tuned"]]
+    assert len(by_arm["fewshot"]) == 3
+    metrics = files.read_json(Path("metrics/evaluate.json"))
+    assert metrics["test/words_ood/loss/delta_again"] == 0
+    assert metrics["general/perplexity/base"] > 1
 
 
 def test_two_runs_give_the_same_bytes(workplace: Path) -> None:

@@ -13,7 +13,6 @@ from stages.lib.measures import OF_JSON, SCORES
 from tests.evaluate_settings import settings
 
 SETTINGS = settings(bootstrap_samples=500)
-NATS = {"base": 1.0, "fewshot": 1.0, "tuned": 1.0}
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
 
 
