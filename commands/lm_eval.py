@@ -70,7 +70,7 @@ def main() -> int:
         print(
             f"{task}, {line.rows} rows:\n"
             f"  loss, nats per token   evaluate {line.loss[0]:.6f}   lm-eval {line.loss[1]:.6f}\n"
-            f"  answer is reference    evaluate {line.exact[0]:.4f}     lm-eval {line.exact[1]:.4f}\n"
+            f"  answer is reference    evaluate {line.exact[0]:.4f}     lm-eval {line.exact[1]:.4f}, as tokens\n"
             f"  farthest row           {line.farthest:.1e} nats per token apart, {tolerance:.0e} allowed"
         )
     return 0 if agrees else 1

@@ -24,7 +24,7 @@ CURVES = {
     "loss": "train/loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
-    "tokens": "train/tokens",
+    "tokens": "train/tokens_seen",
 }
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
 
@@ -159,7 +159,8 @@ def curve(table: str) -> list[Any]:
         found = [(int(row["step"]), row[column]) for row in rows if column in row]
         if column == "val_loss":  # each row repeats the last one; the first is that of the base, before any step
             changes = [i for i in range(1, len(found)) if found[i][1] != found[i - 1][1]]
-            changes = changes[:: tracking.steps_per_point(len(changes))]
+            per_point = tracking.steps_per_point(len(changes))
+            changes = changes[per_point - 1 :: per_point]
             found = [(0, value) for _, value in found[:1]] + [found[i] for i in changes]
         else:
             found = [(step, value) for step, value in found if step % every == 0]

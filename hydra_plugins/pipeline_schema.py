@@ -18,7 +18,7 @@ from stages.lib.schema.data import Data
 from stages.lib.schema.dedup import Dedup
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
-from stages.lib.schema.lora import Lora
+from stages.lib.schema.lora import Lora, check_together
 from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.pack import Pack
@@ -26,7 +26,7 @@ from stages.lib.schema.prompt import Prompt
 from stages.lib.schema.runtime import Runtime
 from stages.lib.schema.split import Split
 from stages.lib.schema.sweep import Sweep
-from stages.lib.schema.train import Train
+from stages.lib.schema.train import Train, check_optimizer
 
 
 @dataclass
@@ -75,10 +75,20 @@ def check(*, _root_: DictConfig) -> str:
         raise ConfigError("\n".join(lines))
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
     built: Any = OmegaConf.to_object(sections)
+    check_sections(built["lora"], built["train"], built["numerics"])
     inputs.check(built["data"], environment.root())
     benchmarks = built["dedup"].contamination.benchmarks
     inputs.check_visible(benchmarks, environment.root(), key="dedup.contamination.benchmarks")
     return "while composed"
+
+
+def check_sections(lora: Lora, train: Train, numerics: Numerics) -> None:
+    """What sections ask of each other, as far as it is known without the model and its device.
+
+    Raises: errors.ConfigError, naming the keys.
+    """
+    check_together(lora, numerics, gradient_checkpointing=train.gradient_checkpointing)
+    check_optimizer(train, str(numerics.device))
 
 
 ConfigStore.instance().store(name="schema", node=Config)

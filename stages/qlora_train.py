@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.lib import chat, checkpoints, files, numerics, packing, stage, tracking
-from stages.lib.schema.lora import Lora
+from stages.lib.schema.lora import Lora, check_together
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.train import Train
 
@@ -25,13 +25,13 @@ class Params:
 def main(p: Params) -> None:
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import adapters, estimate, models, optimisation, training  # torch, once numerics are settled
+    from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
 
+    check_together(p.lora, p.numerics, gradient_checkpointing=p.train.gradient_checkpointing)
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
-    optimisation.check(p.train, resolved)
     estimate.check(base, p.lora, p.train, p.numerics, packs)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
@@ -52,10 +52,8 @@ def main(p: Params) -> None:
         )
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder)
-            described = adapters.describe(model, p.lora, resolved) | {
-                "determinism": resolved.determinism,
-                "ended": trained.ended,
-            }
+            described = adapters.describe(model, p.lora, resolved)
+            described |= {"ended": trained.ended}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)

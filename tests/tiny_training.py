@@ -53,14 +53,13 @@ def fit(
     seed: int = 0,
     prepared: Any = None,
     rows: Any = None,
-    n: int = 6,
     points: checkpoints.Checkpoints | None = None,
 ) -> Any:
     numerics.seed_everything(seed, NF4)
     model = prepared or adapters.add_adapter(models.load_base(folder, NF4), lora)
     trained = training.train(
         model,
-        rows or packs(tokenizer, n),
+        rows or packs(tokenizer),
         packs(tokenizer, 3),
         p,
         tokenizer=tokenizer,

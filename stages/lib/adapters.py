@@ -25,9 +25,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from stages.lib import files, kernels, numerics
@@ -236,7 +236,7 @@ def _start_from_weights(model: PeftModel, p: Lora) -> None:
     start = "olora" if p.method is Method.olora else "pissa_niter_16"  # fast SVD: seconds instead of minutes
     for name, layer in _layers(model):
         base = layer.get_base_layer()
-        weight = dequantize_module_weight(base).detach().float()
+        weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)).detach().float()
         weight = weight.t() if isinstance(base, Conv1D) else weight  # (out, in)
         if p.r > min(weight.shape):
             raise ConfigError(

@@ -48,9 +48,9 @@ MEANINGS = {
     "json_valid": "the whole answer is one JSON object, nothing around it",
     "json_schema": "the answer is a JSON object with the reference's fields, and values of the same types",
     "field_f1": "F1 over pairs of name and value of the JSON object; white space is evened out, letter case counts",
-    "token_f1": "F1 over the words of answer and reference, in any order",
+    "token_f1": "F1 over the words of answer and reference, in any order, without case, punctuation and articles",
     "rouge_l": "F-measure of the longest common subsequence of words",
-    "bleu": "precision of 1- to 4-grams of words, with a penalty for brevity, sentence by sentence",
+    "bleu": "precision of 1- to 4-grams of words, with a penalty for brevity; mean over rows, not of the corpus",
     "chrf": "F-score of character 1- to 6-grams",
     "stops": "the model ends its turn before the limit of new tokens",
 }
@@ -104,7 +104,7 @@ def render(
     arms = {"base": "Base", "fewshot": f"Base + {p.fewshot} examples"}
     arms |= {arm: arm for line in lines for arm in line.arms if arm not in (*arms, "tuned")} | {"tuned": "Tuned"}
     arms = {arm: label for arm, label in arms.items() if any(arm in line.arms for line in lines)}
-    cards = side_by_side(predictions)
+    cards = [card for card in side_by_side(predictions) if "tuned" in card]
     return page.fill(
         "evaluation_page.html.jinja",
         differences=differences,

@@ -4,7 +4,6 @@ Everything here computes in float32 on a CPU what the code it stands in for comp
 dtype, method or layer, to that code.
 """
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,11 +15,14 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from stages.lib import unpacking
+from stages.lib import activations, unpacking
 
 DOCUMENTS = "documents"
 """Name under which transformers finds `document_attention`."""
@@ -29,17 +31,33 @@ DOCUMENTS = "documents"
 def quicken(model: PeftModel) -> None:
     """Let the model compute in less time what it computes anyway, on a CPU: in place, every name kept.
 
-    A norm or MLP whose code is Llama's word for word, as it is in most decoders, is computed by this module's; other
-    ones are left as they are. Dense values of 4-bit weights are kept where memory has room (`unpacking.keep`).
+    A norm, MLP or attention whose code is Llama's to the letter, as in many decoders (attention also: Mistral's or
+    Qwen2's), is computed by this module's; others are left as they are. Dense values of 4-bit weights are kept where
+    memory has room (`unpacking.keep`).
     """
     if model.device.type != "cpu":
         return
     for module in model.modules():
-        for quick in (QuickNorm, QuickMlp):
-            if inspect.getsource(type(module).forward) == inspect.getsource(quick.stands_in_for.forward):
+        for quick in (QuickNorm, QuickMlp, QuickAttention):
+            if any(_is_same_code(type(module), original) for original in quick.stands_in_for):
                 # As torch's parametrizations do: this instance alone computes otherwise, and stays what it is.
                 module.__class__ = type(f"Quick{type(module).__name__}", (quick, type(module)), {})
     unpacking.keep(model, torch.float32)
+
+
+def _is_same_code(found: type[nn.Module], original: type[nn.Module]) -> bool:
+    """Whether two classes compute by the same code, rotary embedding included."""
+    rotate = getattr(found.forward, "__globals__", {}).get("apply_rotary_pos_emb", apply_rotary_pos_emb)
+    return (
+        _code(found.forward) == _code(original.forward)
+        and _code(rotate) == _code(apply_rotary_pos_emb)
+        and _code(rotate.__globals__["rotate_half"]) == _code(apply_rotary_pos_emb.__globals__["rotate_half"])
+    )
+
+
+def _code(function: Any) -> tuple[Any, ...]:
+    code = getattr(function, "__code__", None)
+    return (code.co_code, code.co_consts, code.co_names, code.co_varnames) if code else (function,)
 
 
 class _Fused:
@@ -155,7 +173,7 @@ def _by_layer(h: torch.Tensor, b: Iterable[torch.Tensor]) -> tuple[torch.Tensor,
 class QuickNorm(nn.Module):
     """Llama's norm, w x / sqrt(mean(x^2) + epsilon), with a frozen w."""
 
-    stands_in_for = LlamaRMSNorm
+    stands_in_for = (LlamaRMSNorm,)
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32 or self.weight.requires_grad:
@@ -182,10 +200,10 @@ class _RmsNorm(torch.autograd.Function):
 class QuickMlp(nn.Module):
     """Llama's MLP, down(silu(gate(x)) * up(x)), with gate and up in one step and two tensors kept of it."""
 
-    stands_in_for = LlamaMLP
+    stands_in_for = (LlamaMLP,)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.act_fn, nn.SiLU):
+        if not isinstance(self.act_fn, nn.SiLU | SiLUActivation):
             return super().forward(x)
         return self.down_proj(_GatedSilu.apply(*products(x, (self.gate_proj, self.up_proj))))
 
@@ -194,13 +212,117 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return activations.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         (g,) = gradients
-        return torch.ops.aten.silu_backward(g * up, gate), functional.silu(gate).mul_(g)
+        return activations.silu_backward(g * up, gate), activations.silu(gate).mul_(g)
+
+
+class QuickAttention(nn.Module):
+    """Llama's attention over packed documents: q, k and v in one step, turned and attended to in another."""
+
+    stands_in_for = (LlamaAttention, MistralAttention, Qwen2Attention)
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,  # (1, T, hidden)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,  # cos and sin, (1, T, D) each
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lengths, dropout = kwargs.get("document_lengths"), self.attention_dropout if self.training else 0.0
+        if (
+            position_embeddings is None
+            or past_key_values is not None
+            or lengths is None
+            or self.config._attn_implementation != DOCUMENTS
+            or not _is_flash(hidden_states, lengths, dropout, _sliding_window(self))
+        ):
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        found = products(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(y.shape[1], -1, self.head_dim) for y in found)
+        cos, sin = (table.squeeze(0).unsqueeze(1) for table in position_embeddings)
+        return self.o_proj(_DocumentAttention.apply(q, k, v, cos, sin, lengths, self.scaling).flatten(1)[None]), None
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """How far back a layer of those above may look."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+
+def _is_flash(x: torch.Tensor, lengths: Sequence[int], dropout: float, window: int | None) -> bool:
+    """Whether SDPA would attend inside each document by its flash kernel for CPUs."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not dropout
+        and (window is None or max(lengths) <= window)
+    )
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """Rotary embedding, and causal attention inside each document by SDPA's kernel for CPUs, few copies around it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,  # (T, heads, D)
+        k: torch.Tensor,  # (T, key/value heads, D)
+        v: torch.Tensor,  # (T, key/value heads, D)
+        cos: torch.Tensor | None,  # (T, 1, D); None where q and k are turned already
+        sin: torch.Tensor | None,
+        lengths: Sequence[int],
+        scaling: float | None,
+    ) -> torch.Tensor:  # (T, heads, D)
+        if cos is not None and sin is not None:
+            q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        norms = []
+        for of_out, *qkv in zip(*(_documents(tensor, lengths) for tensor in (out, q, k, v)), strict=True):
+            found, norm = _flash(*qkv, 0.0, True, scale=scaling)
+            of_out.copy_(found)
+            norms.append(norm)
+        ctx.save_for_backward(q, k, v, cos, sin, out, *norms)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, cos, sin, out, *norms = ctx.saved_tensors
+        d = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v)]
+        tensors = (*d, gradients[0], q, k, v, out)
+        for norm, *parts in zip(norms, *(_documents(tensor, ctx.lengths) for tensor in tensors), strict=True):
+            for of_d, found in zip(
+                parts[:3], _flash_backward(*parts[3:], norm, 0.0, True, scale=ctx.scaling), strict=True
+            ):
+                of_d.copy_(found)
+        if cos is not None:
+            back = -sin.roll(sin.shape[-1] // 2, -1)
+            d[:2] = (_turned(tensor, cos, back) for tensor in d[:2])
+        return *d, None, None, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _documents(x: torch.Tensor, lengths: Sequence[int]) -> Iterable[torch.Tensor]:
+    """Views of each document's part of (T, heads, D), as SDPA takes them: (1, heads, T_i, D)."""
+    return (part.transpose(0, 1)[None] for part in x.split(list(lengths)))
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + rotate_half(x) sin."""
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
 
 
 def document_attention(
@@ -222,11 +344,17 @@ def document_attention(
 
     Args: query: (1, heads, T, D). key, value: (1, key/value heads, T, D). document_lengths: tokens of each, sum T.
     Returns: (1, T, heads, D).
+    Raises: ValueError, for a layer that caps its scores or adds to them, which SDPA cannot.
     """
     if document_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
+    if unknown := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+        raise ValueError(f"attention inside documents by SDPA knows no {unknown} of {type(module).__name__}")
+    if _is_flash(query, document_lengths, dropout, sliding_window):
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        return _DocumentAttention.apply(q, k, v, None, None, document_lengths, scaling)[None], None
     outputs = []
     for q, k, v in zip(*(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True):
         window = _window(q.shape[2], sliding_window, q.device)

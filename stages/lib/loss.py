@@ -34,7 +34,8 @@ def answer_nll(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple
         document_lengths=lengths,
         use_cache=False,
     )
-    return cross_entropy(output.logits[0].float(), labels[predicting + 1]), len(predicting)
+    # (1, A, V) is only viewed as (A, V): indexing would cost the backward pass a copy of all of it
+    return cross_entropy(output.logits.flatten(0, 1).float(), labels[predicting + 1]), len(predicting)
 
 
 def _document_by_document(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -56,7 +57,7 @@ def _document_by_document(model: torch.nn.Module, inputs: dict[str, torch.Tensor
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of -log softmax(logits)[label]. Its gradient is written over the logits, which are spent then.
+    """Sum over rows of -log softmax(logits)[label]. The logits are spent: their place holds what the gradient needs.
 
     Args: logits: (A, V) float32. labels: (A,).
     """
@@ -66,14 +67,17 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        norms = logits.logsumexp(1)  # (A,)
-        ctx.save_for_backward(logits, labels, norms)
-        return (norms - logits.gather(1, labels[:, None])[:, 0]).sum()
+        at_label = logits.gather(1, labels[:, None])  # (A, 1)
+        highest = logits.amax(1, keepdim=True)
+        powers = logits.detach().sub_(highest).exp_()  # (A, V)
+        sums = powers.sum(1, keepdim=True)
+        ctx.save_for_backward(powers, labels, sums)
+        return (sums.log() + highest - at_label).sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits, labels, norms = ctx.saved_tensors
+        powers, labels, sums = ctx.saved_tensors
         (g,) = gradients
-        d = logits.sub_(norms[:, None]).exp_()
-        d[torch.arange(len(labels), device=labels.device), labels] -= 1
-        return d.mul_(g), None
+        powers.mul_(g / sums)
+        powers[torch.arange(len(labels), device=labels.device), labels] -= g
+        return powers, None

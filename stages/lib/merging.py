@@ -53,7 +53,7 @@ def merge(base: Path, adapter: Path, into: Base, numerics: Numerics) -> PreTrain
         exact = replace(exact, quantization=Quantization.none)
     if not all(tensor.isfinite().all() for tensor in load_file(adapter / "adapter_model.safetensors").values()):
         raise ModelError(f"{adapter}: holds NaN or infinity. Lower train.learning_rate and run qlora_train again.")
-    tuned = models.load_tuned(base, adapter, exact, dense=True)
+    tuned = models.load_mergeable(base, adapter, exact)
     if largest_update(tuned) == 0:
         raise ModelError(
             f"{adapter}: its update of every weight is zero, so the merged model would be the base. "

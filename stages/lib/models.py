@@ -11,14 +11,16 @@ import bitsandbytes as bnb
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from stages.lib import adapters, files, numerics, unpacking
+from stages.lib import activations, adapters, files, numerics, unpacking
 from stages.lib.chat import load_tokenizer
 from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
 
+WEIGHTS = "adapter_model.safetensors"
 __all__ = ["load_base", "load_dense", "load_tokenizer", "load_tuned"]
 
 
@@ -27,9 +29,9 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
     n.double_quantization; 8-bit by rows; or at the compute type.
 
     Args: folder: 16-bit weights, quantized while loading, or a folder whose config.json says it is 4-bit already.
-        dense: the same values as ordinary Linear layers in the compute type. For 4 bits on CPU that is equal to the
-        bit, and faster where weights are used more often than they are worth unpacking; 8-bit layers round their
-        inputs, too, which dense ones do not.
+        dense: the values of 4-bit layers as ordinary Linear layers in the compute type; on CPU equal to the bit, and
+        faster where weights are used more often than they are worth unpacking. 8-bit layers stay: they round their
+        inputs, too.
     Raises: ModelError, when the folder is no model, or holds no safetensors.
     """
     resolved = numerics.resolve(n)
@@ -43,9 +45,8 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
             # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
             # form that has no backward: the gradients of every later step are wrong, without a word. Not here.
             layer.support_avx512bf16_for_cpu = False
-    if not dense or not getattr(model, "is_quantized", False):
-        return model
-    return model.dequantize(compute) if n.quantization is Quantization.int8 else unpacking.densify(model, compute)
+    is_4_bit = getattr(model, "is_loaded_in_4bit", False)
+    return unpacking.densify(model, compute) if dense and is_4_bit else model
 
 
 def _quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
@@ -67,27 +68,41 @@ def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -
 
     Raises: ModelError, when the adapter's tensors are not exactly the ones its configuration asks for.
     """
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.is_file() or not (adapter / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{adapter}: no adapter found, expected {weights.name} and adapter_config.json. Run qlora_train."
-        )
+    _check_adapter(adapter)
+    return _with_adapter(load_base(base, n, dense=dense), adapter, n)
+
+
+def load_mergeable(base: Path, adapter: Path, n: Numerics) -> PeftModel:
+    """load_tuned in ordinary weights throughout: the values of 8-bit layers, too, though not how these round inputs."""
+    _check_adapter(adapter)
+    frozen = load_base(base, n, dense=True)
+    if getattr(frozen, "is_loaded_in_8bit", False):
+        frozen = frozen.dequantize(getattr(torch, numerics.resolve(n).compute_dtype))
+        frozen.is_loaded_in_8bit = False  # PEFT looks at this mark
+    return _with_adapter(frozen, adapter, n)
+
+
+def _check_adapter(adapter: Path) -> None:
+    if not all((adapter / name).is_file() for name in (WEIGHTS, "adapter_config.json")):
+        raise ModelError(f"{adapter}: no adapter found, expected {WEIGHTS} and adapter_config.json. Run qlora_train.")
+
+
+def _with_adapter(frozen: PreTrainedModel, adapter: Path, n: Numerics) -> PeftModel:
+    """PEFT's loading, made strict: by itself it warns of missing tensors, and passes over those it does not know."""
     resolved = numerics.resolve(n)
-    frozen = load_base(base, n, dense=dense)
     known = set(map(id, frozen.parameters()))
     try:
-        model = PeftModel.from_pretrained(
-            frozen, adapter, torch_device=resolved.device, autocast_adapter_dtype=False, low_cpu_mem_usage=False
-        )
+        model = PeftModel.from_pretrained(frozen, adapter, torch_device=resolved.device, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as fault:
-        raise ModelError(f"{adapter}: does not fit {base}: {fault}. Run qlora_train again.") from fault
-    stored = load_file(weights)
+        raise ModelError(f"{adapter}: does not fit models/base: {fault}. Run qlora_train again.") from fault
+    stored = load_file(adapter / WEIGHTS)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if stored.keys() != expected.keys():
         missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
         raise ModelError(
-            f"{weights}: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected {unexpected[:2]}, "
-            f"expected the {len(expected)} that adapter_config.json describes for {base}. Run qlora_train again."
+            f"{adapter / WEIGHTS}: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected "
+            f"{unexpected[:2]}, expected the {len(expected)} that adapter_config.json describes for models/base. "
+            "Run qlora_train again."
         )
     for parameter in model.parameters():
         if id(parameter) not in known:
@@ -122,7 +137,26 @@ def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> P
         )
     except (OSError, ValueError) as fault:
         raise ModelError(f"{folder}: cannot load a causal language model from it: {fault}") from fault
+    if (folder / "tokenizer.json").is_file():
+        _make_room(model, Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size())
+    if model.device.type == "cpu":
+        activations.steady(model)
     return model.eval()
+
+
+def _make_room(model: PreTrainedModel, n_tokens: int) -> None:
+    """Give tokens that the tokenizer has and the model has not the mean of all others, as embedding and in the head.
+
+    They learn with lora.modules_to_save=[embed_tokens, lm_head].
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if n_tokens <= known:
+        return
+    print(f"{n_tokens - known} new tokens from id {known} on start at the mean of the {known} that the model knows")
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight.data[known:] = module.weight.data[:known].float().mean(0)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -9,19 +9,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from stages.lib import numerics
-from stages.lib.errors import ConfigError
-from stages.lib.schema.train import Optimizer, Train
-
-ON_GPU_ONLY = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit, Optimizer.paged_adamw_32bit)
-
-
-def check(p: Train, resolved: numerics.Resolved) -> None:
-    """Raise ConfigError when the optimizer does not exist on the device."""
-    if p.optimizer in ON_GPU_ONLY and resolved.device != "cuda":
-        raise ConfigError(
-            f"train.optimizer: found {p.optimizer} with numerics.device={resolved.device}, expected adamw_torch or "
-            "adamw_torch_fused there: bitsandbytes' optimizers need a GPU (numerics.device=cuda)."
-        )
+from stages.lib.schema.train import Train
 
 
 def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: str) -> SFTConfig:

@@ -32,7 +32,7 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
     "train/loss",
     "train/learning_rate",
     "train/grad_norm",
-    "train/tokens",
+    "train/tokens_seen",
     "train/tokens_per_second",
     "adapter/trainable_parameters",
     "test/*/loss/base",

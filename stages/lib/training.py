@@ -81,6 +81,7 @@ class PackedTrainer(SFTTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by compute_loss; the trainer must not divide by the batches of a step again
+
     watch: Watch
     checkpoints: Checkpoints
 
@@ -178,15 +179,18 @@ class PackedTrainer(SFTTrainer):
         assert stored.keys() == parameters.keys()
         for name, parameter in parameters.items():
             assert (stored[name].dtype, stored[name].shape) == (parameter.dtype, parameter.shape)
-            parameter.data = stored[name]
+            parameter.data.copy_(stored[name])
         print(f"qlora_train: goes on after {folder.name}")
 
     @torch.no_grad()
     def _check_start(self, inputs: dict[str, torch.Tensor]) -> None:
         """The adapter adds nothing yet, so that training has to start at the loss of the base.
 
-        Compared without dropout and NEFTune's noise, which are of training and not of the start.
+        Compared without dropout and NEFTune's noise, which are of training and not of the start. Virtual tokens change
+        every answer from the start.
         """
+        if adapters.is_virtual(self.model):
+            return
         self.model.eval()
         tuned, n_labels = answer_nll(self.model, inputs)
         with self.model.disable_adapter():

@@ -110,8 +110,7 @@ class Watch(TrainerCallback):
             raise DataError("data/packed/validation: found no labelled token, expected some. Raise split.validation.")
         self.planned = optimisation.evaluations(self.p, state.max_steps)
         self.steps_per_point = tracking.steps_per_point(state.max_steps)
-        if self.p.neftune_alpha:
-            optimisation.scale_noise(self.trainer.model, self.p.neftune_alpha)
+        self.noise = optimisation.scale_noise(self.trainer.model, self.p.neftune_alpha)
         if not self.trained.curve:
             self.course.base_loss = self.course.val_loss = self.trainer.validation_loss(with_adapter=False)
             tracking.log_step(0, {"val/loss": self.course.base_loss})
@@ -143,7 +142,7 @@ class Watch(TrainerCallback):
         self.trained.curve.append({"step": step, "tokens": tokens, **values, "val_loss": self.course.val_loss})
         speed = tokens_per_second(self.timed[-self.steps_per_point :])
         if step % self.steps_per_point == 0:
-            live = {"tokens": tokens, "tokens_per_second": speed} | values
+            live = {"tokens_seen": tokens, "tokens_per_second": speed} | values
             memory = {"system/peak_memory_mib": self._peak_mib()}
             tracking.log_step(step, {f"train/{name}": value for name, value in live.items()} | memory)
         self._show(step, values["loss"], speed)
@@ -166,9 +165,12 @@ class Watch(TrainerCallback):
             )
         if p.early_stopping_patience and course.without_gain >= p.early_stopping_patience:
             control.should_training_stop = True
-        if self.planned.index(step) % tracking.steps_per_point(len(self.planned)) == 0:
+        if (self.planned.index(step) + 1) % tracking.steps_per_point(len(self.planned)) == 0:
             tracking.log_step(step, {"val/loss": val_loss})
         self._sample(step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.noise.remove()
 
     def finish(self) -> None:
         """Check that training moved the whole adapter, put the best one back into the model, and sum up."""

@@ -1,18 +1,24 @@
-"""Real questions with an official split, through prepare and dedup_split: the test file never meets training."""
+"""Real questions with an official split: the test file never meets training, and training helps to answer it."""
 
 import csv
 import re
+import shutil
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from stages import dedup_split, prepare
-from stages.lib import config, engine, files, records
+from commands import params
+from stages import dedup_split, evaluate, prepare, qlora_train, tokenize_pack
+from stages.lib import config, engine, files, model_folder, records
+from stages.lib.schema.prompt import Use
 from stages.lib.schema.runtime import Engine, Runtime
 from tests.conftest import ROOT
 
 BANKING77 = ROOT.parent / "shared/data/banking77"
+BASE = ROOT / "models/base"
+INTENTS, TRAINED, ASKED = 8, 60, 15  # the most frequent intents, and rows of each
 LONG = 14  # words of the questions that are planted: such long ones are in no other row by chance
 
 pytestmark = [
@@ -105,3 +111,41 @@ def test_planted_copies_of_test_rows_are_found_and_removed_and_every_row_is_acco
     metrics = files.read_json(made.folder / "metrics/dedup_split.json")
     kept = sum(metrics[f"rows/{split}"] for split in ("train", "validation", "test"))
     assert metrics["rows/in"] == kept + len(dropped) == len(read("train.csv")) + len(read("test.csv")) + 3
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Metrics of evaluate after three epochs over a few intents, by conf/experiment/banking77.yaml."""
+    if not BASE.is_dir():
+        pytest.skip(f"{BASE} is not there: run base_model")
+    folder = tmp_path_factory.mktemp("few_intents")
+    frequent = {label for label, _ in Counter(label for _, label in read("train.csv")).most_common(INTENTS)}
+    for name, most in (("train.csv", TRAINED), ("test.csv", ASKED)):
+        rows = defaultdict(list)
+        for row in read(name):
+            rows[row[1]].append(row)
+        with (folder / name).open("w", newline="") as file:
+            chosen = [row for label in sorted(frequent) for row in rows[label][:most]]
+            csv.writer(file).writerows([["text", "category"], *chosen])
+    given = ["experiment=banking77", f"data.path={folder}", "split.validation_fraction=0.1", "train.epochs=3"]
+    given += ["evaluate.max_rows={fewshot: 80}", "evaluate.general_text.package=null"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        params.write(folder / "params.yaml", given)
+        shutil.copytree(BASE, folder / "models/base")
+        model_folder.settle_chat_template(folder / "models/base", "conf/prompt/chatml.jinja", Use.always)
+        patch.chdir(folder)
+        patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None, 2))
+        Path("data/benchmarks").mkdir(parents=True)
+        for stage in (prepare, dedup_split, tokenize_pack, qlora_train, evaluate):
+            stage.main(config.load(stage.Params, [], Path("params.yaml")))
+        return files.read_json(Path("metrics/evaluate.json"))
+
+
+@pytest.mark.parametrize("baseline", ["base", "fewshot"])
+def test_the_tuned_model_is_right_more_often_than_the_base_with_and_without_examples(
+    answered: dict[str, float], baseline: str
+) -> None:
+    accuracy = "test/classification/accuracy"
+    assert answered[f"{accuracy}/tuned"] > answered[f"{accuracy}/{baseline}"]
+    assert answered[f"{accuracy}/low{'' if baseline == 'base' else '_fewshot'}"] > 0

@@ -6,7 +6,7 @@ import pytest
 
 from stages import merge
 from stages.lib import files, merging
-from stages.lib.errors import GateError, ModelError
+from stages.lib.errors import ConfigError, GateError, ModelError
 from stages.lib.schema.merge import Base, Dtype, Merge
 from tests.exported import NUMERICS, make_inputs
 
@@ -63,4 +63,12 @@ def test_a_damaged_layer_breaks_the_gate(inputs: Path, monkeypatch: pytest.Monke
 def test_a_merge_that_equals_the_base_is_an_error(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "is_equal", lambda one, other: True)
     with pytest.raises(ModelError, match="expected the adapter's change"):
+        merge.main(params())
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_are_refused_before_a_model_is_loaded(in_tmp: Path, method: str) -> None:
+    Path("models/adapter").mkdir(parents=True)
+    files.write_json(Path("models/adapter/adapter_config.json"), {"peft_type": method})
+    with pytest.raises(ConfigError, match=rf"{method.lower()}.*cannot be merged.*dvc repro evaluate"):
         merge.main(params())

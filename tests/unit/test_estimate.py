@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from hydra_plugins.pipeline_schema import check_sections
 from stages import qlora_train, tokenize_pack
 from stages.lib import adapters, config, estimate, limits, models, numerics, packing
 from stages.lib.errors import ConfigError
-from stages.lib.schema.lora import Lora
-from stages.lib.schema.numerics import Quantization
+from stages.lib.schema.lora import Method
+from stages.lib.schema.numerics import Device, Quantization
+from stages.lib.schema.train import Optimizer
 from tests.conftest import ROOT
 
 DEFAULTS = config.load(qlora_train.Params, path=ROOT / "params.yaml")
-CPU = numerics.Resolved("cpu", "float32", "float32", "")
+CPU = numerics.Resolved("cpu", "float32", "float32", "strict", "")
 LOAD = estimate.Load(tokens=1024, labelled=200)
 
 
@@ -29,6 +31,7 @@ def total(base: Path, *, load: estimate.Load = LOAD, lora: dict[str, Any] | None
         replace(p.numerics, **(numbers or {})),
         CPU,
         load,
+        room=0,
     ).total()
 
 
@@ -39,15 +42,25 @@ def test_the_skeleton_is_the_model_without_its_weights(tiny_model_dir: Path) -> 
     assert sum(p.numel() for p in skeleton.parameters()) == sum(p.numel() for p in model.parameters())  # tied once
 
 
-def test_trained_parameters_are_those_that_the_adapter_has(tiny_model_dir: Path) -> None:
-    for target in ("all-linear", "attention"):
-        lora = Lora(8, 8.0, 0.0, target)
-        model = adapters.add_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_dir), lora)
-        skeleton = estimate.skeleton(tiny_model_dir)
-        targets = adapters.resolve_targets(skeleton, target)
-        layers = estimate.linear_layers(skeleton)
-        expected = sum(parameter.numel() for parameter in adapters.trainable(model).values())
-        assert estimate.trainable_parameters({name: layers[name] for name in targets}, lora) == expected
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": "attention", "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"method": Method.dora},
+        {"method": Method.ia3, "target_modules": ["k_proj", "v_proj", "down_proj"]},
+        {"method": Method.prompt_tuning},
+        {"method": Method.prefix_tuning},
+        {"method": Method.full},
+        {"method": Method.full, "last_layers": 1},
+    ],
+    ids=str,
+)
+def test_trained_parameters_are_those_that_the_adapter_has(tiny_model_dir: Path, changes: dict[str, Any]) -> None:
+    lora = replace(DEFAULTS.lora, r=8, **changes)
+    model = adapters.add_adapter(AutoModelForCausalLM.from_pretrained(tiny_model_dir), lora)
+    expected = sum(parameter.numel() for parameter in adapters.trainable(model).values())
+    assert estimate.trainable_parameters(estimate.skeleton(tiny_model_dir), lora) == expected
 
 
 @pytest.mark.parametrize("is_double", [False, True])
@@ -72,6 +85,15 @@ def test_more_of_anything_takes_more_and_checkpointing_and_4_bit_take_less(tiny_
     assert total(tiny_model_dir, lora={"dropout": 0.1}).expected > usual
     assert total(tiny_model_dir, numbers={"quantization": Quantization.none}).expected > usual
     assert total(tiny_model_dir, train={"gradient_checkpointing": True}).expected < usual
+    assert total(tiny_model_dir, train={"optimizer": Optimizer.adamw_8bit}).expected < usual
+
+
+def test_a_cpu_that_keeps_dense_values_of_4_bit_weights_holds_both(tiny_model_dir: Path) -> None:
+    p, model = DEFAULTS, estimate.skeleton(tiny_model_dir)
+    kept, not_kept = (estimate.memory(model, p.lora, p.train, p.numerics, CPU, LOAD, room=room) for room in (2**40, 0))
+    weights = sum(n_out * n_in for n_out, n_in in estimate.linear_layers(model).values())
+    assert kept.total().expected - not_kept.total().expected == 4 * weights
+    assert not_kept.sampling["unpacked"].expected == 4 * weights  # all at once only while samples are written
 
 
 def test_the_largest_batch_that_shuffling_may_draw_counts() -> None:
@@ -111,11 +133,37 @@ def test_more_memory_than_the_machine_has_is_refused_before_the_model_is_loaded(
         started(tiny_model_dir, monkeypatch, tmp_path)
 
 
-def test_an_unknown_module_is_refused_before_the_model_is_loaded(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"target_modules": ["no_such"]}}, r"lora\.target_modules: \['no_such'\].*q_proj"),
+        ({"lora": {"modules_to_save": ["no_such"]}}, r"lora\.modules_to_save: \['no_such'\]"),
+        ({"lora": {"method": Method.full}}, r"numerics\.quantization: found nf4 with lora\.method=full"),
+        ({"train": {"optimizer": Optimizer.paged_adamw_8bit}}, r"train\.optimizer: found paged_adamw_8bit"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], message: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"lora\.target_modules: \['no_such_layer'\].*q_proj"):
-        started(tiny_model_dir, monkeypatch, tmp_path, lora=replace(DEFAULTS.lora, target_modules=["no_such_layer"]))
+    sections = {name: replace(getattr(DEFAULTS, name), **values) for name, values in changes.items()}
+    with pytest.raises(ConfigError, match=message):
+        started(tiny_model_dir, monkeypatch, tmp_path, **sections)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"method": Method.full}}, r"numerics\.quantization: found nf4"),
+        ({"train": {"optimizer": Optimizer.adamw_8bit}, "numerics": {"device": Device.cpu}}, r"train\.optimizer"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused_while_dvc_composes(changes: dict[str, Any], message: str) -> None:
+    sections = {name: getattr(DEFAULTS, name) for name in ("lora", "train", "numerics")}
+    check_sections(**sections)
+    with pytest.raises(ConfigError, match=message):
+        check_sections(**sections | {name: replace(sections[name], **values) for name, values in changes.items()})
 
 
 @pytest.mark.parametrize(

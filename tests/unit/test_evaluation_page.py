@@ -7,22 +7,9 @@ import pytest
 
 from stages.lib import comparison, evaluation_page, ratings
 from stages.lib.measures import SCORES, classification
-from stages.lib.schema.evaluate import Classify, Evaluate, GeneralText
+from tests.evaluate_settings import settings
 
-SETTINGS = Evaluate(
-    seed=42,
-    fewshot=3,
-    batch_size=8,
-    max_new_tokens=32,
-    answer_margin=8,
-    max_rows={},
-    classify=Classify.likelihood,
-    others={},
-    base_16bit=False,
-    general_text=GeneralText(package=None, files="", tokens=512, window=256),
-    bootstrap_samples=100,
-    confidence=0.95,
-)
+SETTINGS = settings(bootstrap_samples=100)
 GOOD, BAD = '{"x": "int"}', "The parameters <b>are</b> x & y."
 
 
@@ -47,9 +34,7 @@ def prediction(arm: str, number: int, answer: str, task: str = "parameters", **c
         "predicted": None,
         **dict.fromkeys(SCORES, float(answer == GOOD)),
     }
-    if "accuracy" in found:
-        found["accuracy"] = None
-    return found | changes
+    return found | {"accuracy": None} | changes
 
 
 def answered(task: str = "parameters", **right: int) -> list[dict[str, Any]]:
@@ -146,6 +131,8 @@ def test_an_arm_that_answered_some_rows_only_is_compared_on_these() -> None:
     ]
     assert "difference on the same 12 rows +1.00" in verdict(rows)
     assert "12 rows" in page(rows)
+    few = [row for row in answered(base=0, fewshot=0, tuned=20) if row["arm"] != "tuned" or row["id"] < "parameters12"]
+    assert "12 held-out rows of parameters" in page(few)
 
 
 def test_another_model_that_was_named_has_its_column_and_its_place_in_the_verdict() -> None:

@@ -1,14 +1,17 @@
 """merging: the merged weights are W + (alpha / r) B A, and what is saved needs nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.lib import chat, fidelity, files, merging, models
+from stages.lib import adapters, chat, fidelity, files, merging, models
 from stages.lib.errors import ModelError
+from stages.lib.schema.lora import Lora, Method
 from stages.lib.schema.merge import Base, Dtype
+from stages.lib.schema.numerics import Quantization
 from tests.exported import NUMERICS, make_adapter
 
 PROJECTION = "model.layers.1.self_attn.q_proj"
@@ -64,10 +67,17 @@ def test_a_saved_merge_tokenizes_and_stops_as_the_base_and_names_no_place(
     assert not list(folder.glob("adapter*"))
 
 
-def test_an_adapter_that_changes_nothing_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
-    make_adapter(tiny_model_dir, tmp_path, scale=0.0)
+@pytest.mark.parametrize(
+    ("method", "quantization"), [(Method.lora, "nf4"), (Method.dora, "nf4"), (Method.ia3, "nf4"), (Method.full, "none")]
+)
+def test_an_adapter_that_changes_nothing_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, method: Method, quantization: str
+) -> None:
+    n = replace(NUMERICS, quantization=Quantization(quantization))
+    untrained = Lora(4, 4.0, 0.0, ["k_proj", "down_proj"], method=method)
+    adapters.save(adapters.add_adapter(models.load_base(tiny_model_dir, n), untrained), tmp_path)
     with pytest.raises(ModelError, match="update of every weight is zero"):
-        merging.merge(tiny_model_dir, tmp_path, Base.dequantized, NUMERICS)
+        merging.merge(tiny_model_dir, tmp_path, Base.dequantized, n)
 
 
 def test_an_adapter_with_nan_is_refused(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -76,17 +78,22 @@ def test_the_dense_base_is_the_nf4_base_to_the_bit(tiny_model_dir: Path) -> None
     assert torch.equal(logits(dense), logits(models.load_base(tiny_model_dir, NF4)))
 
 
-def test_an_evaluation_does_not_change_later_gradients(tiny_model_dir: Path) -> None:
-    model = models.load_base(tiny_model_dir, NF4)
+@pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.fp4, Quantization.int8])
+def test_an_evaluation_does_not_change_later_gradients(tiny_model_dir: Path, quantization: Quantization) -> None:
+    """PEFT's own layers. Red without the guard on CPUs with AVX512_BF16; on others there is nothing to guard."""
+    torch.manual_seed(0)
+    base = models.load_base(tiny_model_dir, replace(NF4, quantization=quantization))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False)
 
-    def gradient() -> torch.Tensor:
-        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
-        model.train()(inputs_embeds=embedded, labels=IDS).loss.backward()
-        return embedded.grad
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    before = gradient()
+    before = gradients()
     logits(model.eval())
-    assert torch.equal(gradient(), before)
+    after = gradients()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def test_no_layer_may_repack_itself_for_evaluation(tiny_model_dir: Path) -> None:

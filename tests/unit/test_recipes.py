@@ -38,13 +38,16 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def recipe(name: str) -> dict[str, Any]:
-    return composed([f"experiment={name}", *([COMMIT] if name in ON_GPU else [])])
+def recipe(name: str, *overrides: str) -> dict[str, Any]:
+    return composed([f"experiment={name}", *overrides, *([COMMIT] if name in ON_GPU else [])])
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_experiment_composes(name: str) -> None:
-    assert recipe(name)["checked"]
+def test_every_experiment_composes(name: str, tmp_path: Path) -> None:
+    for file in ("train.csv", "test.csv"):
+        (tmp_path / file).touch()
+    own_files = [f"data.path={tmp_path}"] if name == "banking77" else []
+    assert recipe(name, *own_files)["checked"]
 
 
 @pytest.mark.parametrize("name", ["qlora_paper", "alpaca", "conservative", "small_data", *ON_GPU])
@@ -93,7 +96,7 @@ def needed(p: dict[str, Any], base: str, *, batch: int, labelled: float) -> esti
         typed(Lora, p["lora"]),
         typed(Train, p["train"]),
         typed(Numerics, p["numerics"]),
-        numerics.Resolved("cuda", "bfloat16", "float32", ""),
+        numerics.Resolved("cuda", "bfloat16", "float32", "strict", ""),
         estimate.Load(tokens, round(labelled * tokens)),
     ).total()
 

@@ -43,12 +43,13 @@ class Killed(BaseException):
 def test_a_training_killed_again_and_again_ends_with_the_same_bytes(
     tiny_model_dir: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two epochs of three steps, the last of each from half a window; dropout on; a point at every step.
+    """Two epochs of three steps, the last of each from half a window; dropout and noise on; a point at every step.
 
     Killed within a half full window, while a point is written, and within the second epoch.
     """
-    p = replace(TRAIN, epochs=2.0, gradient_accumulation_steps=2, evals_per_epoch=1, samples=1)
-    whole, adapter = fit(tiny_model_dir, tokenizer, p, n=5)
+    p = replace(TRAIN, epochs=2.0, gradient_accumulation_steps=2, evals_per_epoch=1, samples=1, neftune_alpha=5.0)
+    rows = packs(tokenizer, 5)
+    whole, adapter = fit(tiny_model_dir, tokenizer, p, rows=rows)
     monkeypatch.setattr(checkpoints, "_minutes", 0)
     answer_nll, save_rng = training.answer_nll, training.PackedTrainer._save_rng_state
     for forward, write in ((4, 0), (0, 2), (5, 0)):  # the how manieth forward pass or writing is the last
@@ -71,9 +72,9 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bytes(
         monkeypatch.setattr(training, "answer_nll", forward_pass)
         monkeypatch.setattr(training.PackedTrainer, "_save_rng_state", writing)
         with pytest.raises(Killed, match=r"forward|write"):
-            fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+            fit(tiny_model_dir, tokenizer, p, rows=rows, points=checkpoints.Checkpoints(tmp_path))
     assert [point.name for point in sorted(tmp_path.glob("step-*"))] == ["step-00000003", "step-00000004"]
-    resumed, again = fit(tiny_model_dir, tokenizer, p, n=5, points=checkpoints.Checkpoints(tmp_path))
+    resumed, again = fit(tiny_model_dir, tokenizer, p, rows=rows, points=checkpoints.Checkpoints(tmp_path))
     assert_equal(adapter, again)
     assert (whole.curve, whole.samples, whole.metrics) == (resumed.curve, resumed.samples, resumed.metrics)
 

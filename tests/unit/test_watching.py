@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.lib import adapters, chat, progress, tracking, training, watching
+from commands import sync
+from stages.lib import adapters, chat, optimisation, progress, tracking, training, watching
 from stages.lib.errors import DataError, GateError
 from stages.lib.watching import Course, Trained, Watch
 from tests.tiny_training import TRAIN, fit, packs
@@ -195,7 +196,7 @@ def seen(tiny_model_dir: Path, tokenizer: Any) -> Seen:
 
 
 def test_live_curves_are_thinned_evenly_and_evaluations_are_points_of_their_own(seen: Seen) -> None:
-    curves = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
+    curves = ("loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second")
     every_second = {f"train/{name}" for name in curves} | {"system/peak_memory_mib"}
     assert [(step, set(values)) for step, values in seen.points] == [
         (0, {"val/loss"}),
@@ -205,6 +206,21 @@ def test_live_curves_are_thinned_evenly_and_evaluations_are_points_of_their_own(
         (6, every_second),
         (6, {"val/loss"}),
     ]
+
+
+@pytest.mark.parametrize("planned", [900, 1001, 2500, 100_000])
+def test_a_synced_curve_has_at_most_a_thousand_points_among_them_those_of_the_training(planned: int) -> None:
+    """Of a training that was stopped at three quarters of its steps, with an evaluation after each second one."""
+    steps = range(1, planned * 3 // 4 + 1)
+    evaluations = optimisation.evaluations(replace(TRAIN, eval_steps=2), planned)
+    synced = sync.curve(
+        "step,loss,val_loss\n" + "".join(f"{step},{1 / step},{9 / (step // 2 + 1)}\n" for step in steps)
+    )
+    for name, shown in (("train/loss", list(range(1, planned + 1))), ("val/loss", evaluations)):
+        points = {point.step for point in synced if point.key == name} - {0}
+        every = tracking.steps_per_point(len(shown))
+        assert 300 < len(points) <= 1000
+        assert {step for step in shown[every - 1 :: every] if step in steps} <= points
 
 
 def test_a_line_says_how_far_the_training_is_where_there_is_no_terminal(seen: Seen) -> None:

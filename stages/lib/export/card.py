@@ -90,16 +90,25 @@ def _dataset(data: Data) -> str:
 
 
 def _method(source: Mapping[str, Any], adapter: Mapping[str, Any], merged: Mapping[str, float]) -> str:
-    modules = adapter["target_modules"]
     return (
-        "## Method\n\n"
-        f"LoRA adapters of rank {adapter['r']} (alpha {adapter['lora_alpha']:g}, dropout {adapter['lora_dropout']:g}) "
-        f"on {modules if isinstance(modules, str) else ', '.join(sorted(modules))}, trained over the base "
+        f"## Method\n\n{_trained(adapter)}, trained over the base "
         "frozen in 4-bit NF4. The adapter was then merged in 32 bit. "
         f"Against 4-bit base + adapter the merged model has a mean KL divergence of {merged['merge/kl/mean']:.2g} nats "
         f"per token and agrees on {merged['merge/top1']:.1%} of the most likely tokens.\n\n"
         f"Base weights: {source['origin']}, revision `{source['revision']}`."
     )
+
+
+def _trained(adapter: Mapping[str, Any]) -> str:
+    """What was trained, from adapter_config.json."""
+    modules = adapter["target_modules"]
+    if isinstance(modules, str):  # no layer has an adapter: weights were trained themselves
+        return f"The weights of {len(adapter['modules_to_save'])} modules"
+    last = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+    if "r" not in adapter:
+        return f"IA3 vectors on {last}"
+    dropout = f"dropout {adapter['lora_dropout']:g}"
+    return f"LoRA adapters of rank {adapter['r']} (alpha {adapter['lora_alpha']:g}, {dropout}) on {last}"
 
 
 def _results(evaluated: Mapping[str, float]) -> str:

@@ -100,6 +100,12 @@ def check_together(lora: Lora, numerics: Numerics, *, gradient_checkpointing: bo
             f"numerics.quantization: found {numerics.quantization} with lora.method=full, expected none: quantized "
             "weights cannot be trained. Set numerics.quantization=none, or another lora.method."
         )
+    if lora.method in (Method.dora, *FROM_WEIGHTS) and numerics.quantization is Quantization.int8:
+        raise ConfigError(
+            f"numerics.quantization: found int8 with lora.method={lora.method}, expected nf4, fp4 or none: 8-bit "
+            "layers round their inputs, so that a reloaded adapter would not be the trained one, and PEFT's DoRA "
+            "cannot measure them. Set another quantization, or lora.method=lora."
+        )
     if lora.method is Method.prefix_tuning and gradient_checkpointing:
         raise ConfigError(
             "train.gradient_checkpointing: found true with lora.method=prefix_tuning, expected false: what is computed "

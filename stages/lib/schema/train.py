@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from stages.lib.errors import check_values
+from stages.lib.errors import ConfigError, check_values
 
 
 class Scheduler(StrEnum):
@@ -21,6 +21,9 @@ class Optimizer(StrEnum):
     adamw_8bit = "adamw_8bit"  # from here on bitsandbytes', on a GPU only
     paged_adamw_8bit = "paged_adamw_8bit"
     paged_adamw_32bit = "paged_adamw_32bit"
+
+
+ON_GPU_ONLY = (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit, Optimizer.paged_adamw_32bit)
 
 
 @dataclass
@@ -85,4 +88,13 @@ class Train:
             ),
             ("train.samples", self.samples, self.samples >= 0, "at least 0"),
             ("train.sample_tokens", self.sample_tokens, self.sample_tokens > 0, "at least 1"),
+        )
+
+
+def check_optimizer(p: Train, device: str) -> None:
+    """Raise ConfigError when the optimizer does not exist on the device; with `auto` that is not known yet."""
+    if p.optimizer in ON_GPU_ONLY and device == "cpu":
+        raise ConfigError(
+            f"train.optimizer: found {p.optimizer} with numerics.device={device}, expected adamw_torch or "
+            "adamw_torch_fused there: bitsandbytes' optimizers need a GPU (numerics.device=cuda)."
         )
