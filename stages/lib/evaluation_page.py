@@ -211,7 +211,7 @@ def _relation(line: Line) -> str:
         last = {
             "better": "is better than {}",
             "worse": "is not better than {} but worse",
-            "cannot tell": "is not shown to be better than {}: cannot tell",
+            "cannot tell": "is not shown to be better than {}",
         }[fewshot]
         link = "but" if "better" in (base, fewshot) else "and"
         words = f"{one[base].format(_THAN['base'])}, {link} {last.format(_THAN['fewshot'])}"
@@ -227,9 +227,10 @@ def _figures(line: Line) -> str:
     found = line.against[hardest]
     interval = f"{brief(found.delta, sign=True)} [{brief(found.low, sign=True)}, {brief(found.high, sign=True)}]"
     where = "" if found.n == line.n["tuned"] else f" on the same {found.n} rows"
-    return (
-        f"{_named(line)} {brief(line.arms['tuned'])} against {brief(line.arms[hardest])}, difference{where} {interval}"
-    )
+    is_by_sign_test = line.verdict(hardest) == "cannot tell" and not found.low <= 0 <= found.high
+    doubt = f", but p {p_value(found.p_adjusted)} by the corrected sign test" if is_by_sign_test else ""
+    figures = f"{_named(line)} {brief(line.arms['tuned'])} against {brief(line.arms[hardest])}"
+    return f"{figures}, difference{where} {interval}{doubt}"
 
 
 def _hardest(arms: Iterable[str]) -> str:

@@ -88,7 +88,7 @@ def forgetting(nll: float) -> list[comparison.Line]:
         ({"base": 0, "fewshot": 6, "tuned": 20}, "is better than the base model and than few-shot prompting on"),
         (
             {"base": 0, "fewshot": 19, "tuned": 20},
-            "is better than the base model, but is not shown to be better than few-shot prompting: cannot tell on",
+            "is better than the base model, but is not shown to be better than few-shot prompting on",
         ),
         (
             {"base": 0, "fewshot": 20, "tuned": 9},
@@ -109,6 +109,12 @@ def test_the_verdict_gives_figures_and_interval_and_tasks_alike_share_a_clause()
         r"on a \(field F1 1\.00 against 0\.30, difference \+0\.70 \[\+0\.\d\d, \+0\.\d\d\]\) and on b \(", text
     )
     assert text.count("better") == 1
+
+
+def test_a_verdict_that_the_sign_test_withholds_says_so() -> None:
+    text = verdict(answered(base=0, fewshot=15, tuned=20))
+    assert "is not shown to be better than few-shot prompting" in text
+    assert re.search(r"difference \+0\.25 \[\+0\.\d\d, \+0\.\d\d\], but p 0\.\d+ by the corrected sign test\)", text)
 
 
 @pytest.mark.parametrize(
