@@ -93,9 +93,12 @@ def main(p: Params) -> None:
         rate = rating_page.render(found.predictions, questions, p.evaluate)
         (folder / "rate.html").write_text(rate, encoding="utf-8")
     print(evaluation_page.verdict(lines, forgetting))
+    if rated.ignored:
+        print(f"{ratings.FOLDER}: {rated.ignored} choices are of answers since changed and are not counted")
     tracking.report("evaluate", metrics, found.measured())
     tracking.log_table("answers", evaluation_page.answers_table(found.predictions))
-    tracking.log_file(Path("reports/evaluation/index.html"), "reports")
+    for name in ("index.html", "rate.html"):
+        tracking.log_file(Path("reports/evaluation") / name, "reports")
 
 
 if __name__ == "__main__":

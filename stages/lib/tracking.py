@@ -35,19 +35,24 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
     "train/tokens_seen",
     "train/tokens_per_second",
     "adapter/trainable_parameters",
-    "test/*/loss/base",
     "test/*/loss/tuned",
+    "test/*/accuracy/base",
+    "test/*/accuracy/fewshot",
+    "test/*/accuracy/tuned",
     "test/*/field_f1/base",
     "test/*/field_f1/fewshot",
     "test/*/field_f1/tuned",
     "test/*/json_valid/tuned",
     "test/*/exact_match/tuned",
     "test/*/rouge_l/tuned",
-    "test/*/chrf/tuned",
+    "general/perplexity/base",
+    "general/perplexity/tuned",
     "merge/kl/mean",
     "export/*/kl/mean",
 )
 """Nothing of the stages before training: the first metric a run gets is then val/loss, with which MLflow compares."""
+
+NOT_COMPARED = "test/*_ood/*"  # rows out of distribution have their place on the evaluation page
 
 MAX_OF_A_STAGE = 13
 """With it 10 metrics named in full, 13 of evaluate and 7 export formats are 30, more than which nobody compares."""
@@ -274,7 +279,8 @@ def report(stage: str, metrics: Mapping[str, float], measured: Mapping[str, floa
 
 def compared(metrics: Mapping[str, float]) -> dict[str, float]:
     """Of one stage's metrics those that the runs table shows, in the order of COMPARED, at most MAX_OF_A_STAGE."""
-    chosen = {name: metrics[name] for pattern in COMPARED for name in sorted(metrics) if fnmatch.fnmatch(name, pattern)}
+    names = [name for name in sorted(metrics) if not fnmatch.fnmatch(name, NOT_COMPARED)]
+    chosen = {name: metrics[name] for pattern in COMPARED for name in names if fnmatch.fnmatch(name, pattern)}
     return dict(list(chosen.items())[:MAX_OF_A_STAGE])
 
 
