@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
+from stages.lib import files
 from stages.lib.errors import ConfigError
 
 
@@ -23,6 +22,7 @@ def check_length(base: Path, max_tokens: int) -> None:
 
 
 def max_positions(base: Path) -> int | None:
-    """Longest sequence of the model, tokens; None where its configuration sets no end."""
-    text = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False).get_text_config()
-    return getattr(text, "max_position_embeddings", None)
+    """Longest sequence of the model, tokens; None where its configuration names no end."""
+    config = files.read_json(base / "config.json")
+    text = config["text_config"] if "text_config" in config else config
+    return text["max_position_embeddings"] if "max_position_embeddings" in text else None

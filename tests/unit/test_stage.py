@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
         "seed: 3\ndata: {path: rows.jsonl}\nprompt: {template: chat.jinja}\n"
         "dedup: {contamination: {benchmarks: benchmarks}}\n"
         "runtime: {threads: null, workers: null, engine: local, ray_address: null, log_level: info, "
-        "tracking_uri: 'http://127.0.0.1:9'}\nsweep: {id: null}\n"
+        "tracking_uri: 'http://127.0.0.1:9', checkpoint_minutes: 2}\nsweep: {id: null}\n"
     )
     return tmp_path
 
