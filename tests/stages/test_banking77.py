@@ -17,7 +17,6 @@ from stages.lib.schema.runtime import Engine, Runtime
 from tests.conftest import ROOT
 
 BANKING77 = ROOT.parent / "shared/data/banking77"
-BASE = ROOT / "models/base"
 INTENTS, TRAINED, ASKED = 8, 60, 15  # the most frequent intents, and rows of each
 LONG = 14  # words of the questions that are planted: such long ones are in no other row by chance
 
@@ -115,10 +114,8 @@ def test_planted_copies_of_test_rows_are_found_and_removed_and_every_row_is_acco
 
 
 @pytest.fixture(scope="module")
-def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def answered(tmp_path_factory: pytest.TempPathFactory, default_base: Path) -> dict[str, float]:
     """Metrics of evaluate after three epochs over a few intents, by conf/experiment/banking77.yaml."""
-    if not BASE.is_dir():
-        pytest.skip(f"{BASE} is not there: run base_model")
     folder = tmp_path_factory.mktemp("few_intents")
     frequent = {label for label, _ in Counter(label for _, label in read("train.csv")).most_common(INTENTS)}
     for name, most in (("train.csv", TRAINED), ("test.csv", ASKED)):
@@ -133,7 +130,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         params.write(folder / "params.yaml", given)
-        shutil.copytree(BASE, folder / "models/base")
+        shutil.copytree(default_base, folder / "models/base")
         model_folder.settle_chat_template(folder / "models/base", "conf/prompt/chatml.jinja", Use.always)
         patch.chdir(folder)
         patch.setattr(engine, "_runtime", Runtime(None, 1, Engine.local, None, "warning", None, 2))

@@ -14,7 +14,7 @@ import pytest
 
 from stages.lib import chat, files, packing, records
 from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
-from tests.conftest import ROOT, make_repo
+from tests.conftest import make_repo
 
 PACK = Pack(64, OnOverlong.drop, Labels.assistant_only, ControlTokens.text, 0.05)
 OUTPUTS = (
@@ -85,14 +85,12 @@ def runs_of(repository: Path) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("model", "kills", "epochs"), [("tiny", 5, 2), ("default", 2, 1)])
+@pytest.mark.parametrize(("model", "kills", "epochs"), [("tiny_model_dir", 5, 2), ("default_base", 2, 1)])
 def test_killed_at_random_points_it_ends_with_the_bytes_of_an_uninterrupted_run(
-    tmp_path: Path, tiny_model_dir: Path, model: str, kills: int, epochs: int
+    tmp_path: Path, request: pytest.FixtureRequest, model: str, kills: int, epochs: int
 ) -> None:
     """The uninterrupted runs: with 1 thread, and with 2 in a clone on another path."""
-    base = tiny_model_dir if model == "tiny" else ROOT / "models/base"
-    if not (base / "config.json").exists():
-        pytest.skip("needs models/base: run the stage base_model, or `make repro`")
+    base: Path = request.getfixturevalue(model)
     more = (f"train.epochs={epochs}",)
     whole = ready(tmp_path / "whole", base)
     expected = trained(whole, "runtime.threads=1", *more)
