@@ -14,18 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-from bench.train_cpu import LEFT_OUT, flop_per_token
+from bench.train_cpu import LEFT_OUT, Params, flop_per_token
 from stages.lib import chat, config, files, numerics, packing
-from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Determinism, Numerics
-from stages.lib.schema.pack import Pack
-from stages.lib.schema.runtime import Runtime
-from stages.lib.schema.train import Train
 
 GIB = 2**30
 LLAMA_8B = {
@@ -39,16 +35,6 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 """arXiv:2407.21783, table 3."""
-
-
-@dataclass
-class Params:
-    seed: int
-    pack: Pack
-    lora: Lora
-    train: Train
-    numerics: Numerics
-    runtime: Runtime
 
 
 def main() -> int:

@@ -11,29 +11,11 @@ from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
 from stages.lib.schema.pack import ControlTokens, Labels, OnOverlong, Pack
-from stages.lib.schema.train import Optimizer, Scheduler, Train
+from tests import tiny_training
 
 NF4 = Numerics(Determinism.strict, ComputeDtype.auto, ComputeDtype.auto, Device.cpu, Quantization.nf4, True)
 PACK = Pack(64, OnOverlong.drop, Labels.assistant_only, ControlTokens.text, 0.05)
-TRAIN = Train(
-    learning_rate=1.0e-2,
-    epochs=1.0,
-    batch_size=1,
-    gradient_accumulation_steps=1,
-    optimizer=Optimizer.adamw_torch_fused,
-    scheduler=Scheduler.cosine,
-    warmup_ratio=0.1,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    neftune_alpha=0.0,
-    gradient_checkpointing=False,
-    evals_per_epoch=2,
-    eval_steps=None,
-    early_stopping_patience=3,
-    early_stopping_threshold=0.0,
-    samples=1,
-    sample_tokens=8,
-)
+TRAIN = dataclasses.replace(tiny_training.TRAIN, early_stopping_patience=3, samples=1)
 
 
 @pytest.fixture
