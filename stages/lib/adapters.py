@@ -51,7 +51,8 @@ def add_adapter(base: PreTrainedModel, p: Lora) -> PeftModel:
     base.set_attn_implementation(kernels.DOCUMENTS)
     targets = [] if p.method is Method.full else resolve_targets(base, p.target_modules)
     config = _config(base, p, targets)
-    if p.method is Method.lora and base.device.type == "cpu":
+    is_int8 = getattr(base, "is_loaded_in_8bit", False)  # an 8-bit layer is an nn.Linear, too; PEFT has one of its own
+    if p.method is Method.lora and base.device.type == "cpu" and not is_int8:
         config._register_custom_module({bnb.nn.Linear4bit: kernels.FusedLora, nn.Linear: kernels.FusedLinear})
     written = config.target_modules
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
