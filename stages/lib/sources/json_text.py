@@ -19,7 +19,8 @@ MAX_DEPTH = 100  # objects and lists inside each other; readers give up at depth
 MAX_BYTES = 16 << 20  # of a line, or of an item of a list
 
 _CHUNK = 1 << 20
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# Groups are atomic, (?>(...)*), not possessive, (...)*+: those match wrongly until Python 3.11.4 (CPython issue 106052)
+_STRING = re.compile(rb'"[^"\\]*+(?>(?:\\.[^"\\]*+)*)"?', re.DOTALL)
 _KEY_END = re.compile(rb'"[ \t\r\n]*+:')
 
 
@@ -157,8 +158,9 @@ class _Scanner:
     """
 
     _mark = re.compile(rb'["\[\]{},]')
-    _inner = re.compile(rb'[^"\[\]{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)*+', re.DOTALL)  # up to a bracket
-    _string_rest = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+    # up to a bracket
+    _inner = re.compile(rb'[^"\[\]{}]*+(?>(?:"[^"\\]*+(?>(?:\\.[^"\\]*+)*)"[^"\[\]{}]*+)*)', re.DOTALL)
+    _string_rest = re.compile(rb'[^"\\]*+(?>(?:\\.[^"\\]*+)*)', re.DOTALL)
 
     def __init__(self, line: int) -> None:
         self.is_closed = False
