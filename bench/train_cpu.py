@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench import products
 from stages.lib import chat, config, files, numerics, packing
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Determinism, Numerics
@@ -194,37 +195,9 @@ def train_with_plain_trl(p: Params, steps: int, *, is_float32: bool) -> dict[str
 
 
 def matrix_product_limit(p: Params, steps: int) -> dict[str, float]:
-    """What float32 products reach at the base's own shapes, forward and backward, for one batch of full packs."""
+    """What float32 products reach for one batch of full packs, see bench/products.py."""
     numerics.settle(replace(p.numerics, determinism=Determinism.loose), p.runtime.threads)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from stages.lib import adapters
-
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(BASE, local_files_only=True))
-    layers = dict(base.named_modules())
-    n = p.pack.max_tokens * p.train.batch_size
-    shapes = [(layers[name].out_features, layers[name].in_features) for name in adapters.linear_layers(base)]
-    flop = seconds = 0.0
-    for out_features, in_features in sorted(set(shapes)):
-        weight, x, g = (torch.randn(s) for s in ((out_features, in_features), (n, in_features), (n, out_features)))
-        count = shapes.count((out_features, in_features))
-        for product in (lambda x=x, weight=weight: x @ weight.t(), lambda g=g, weight=weight: g @ weight):
-            seconds += count * fastest(product)
-            flop += count * 2 * n * out_features * in_features
-    return {"gflop_per_second": flop / seconds / 1e9}
-
-
-def fastest(product: Callable[[], object], *, rounds: int = 5, calls: int = 10) -> float:
-    """Seconds of one call: the median of several rounds, after one to warm up."""
-    found = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        for _ in range(calls):
-            product()
-        found.append((time.perf_counter() - started) / calls)
-    return statistics.median(found[1:])
+    return {"gflop_per_second": products.gflop_per_second(BASE, p.numerics, p.pack.max_tokens * p.train.batch_size)}
 
 
 MEASUREMENTS: dict[str, Callable[[Params, int], dict[str, float]]] = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from bench import products
 from bench.train_cpu import LEFT_OUT, Params, flop_per_token
 from stages.lib import chat, config, files, numerics, packing
 from stages.lib.schema.numerics import Determinism, Numerics
@@ -243,11 +244,11 @@ def train_with_sft_trainer(model: Any, adapter: Any, base: Path, p: Params, step
 
     class Timing(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            synchronize()
+            products.synchronize()
             self.started = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            synchronize()
+            products.synchronize()
             seconds.append(time.perf_counter() - self.started)
 
     start_counting_memory()
@@ -279,45 +280,8 @@ def train_with_sft_trainer(model: Any, adapter: Any, base: Path, p: Params, step
 
 
 def matrix_product_limit(base: Path, p: Params) -> dict[str, float]:
-    """What products in the compute type reach at the base's own shapes, forward and backward, for one batch."""
-    import torch
-
-    from stages.lib import estimate
-
-    resolved = numerics.resolve(p.numerics)
-    settings = {"dtype": getattr(torch, resolved.compute_dtype), "device": resolved.device}
-    n = p.pack.max_tokens * p.train.batch_size
-    shapes = list(estimate.linear_layers(estimate.skeleton(base)).values())
-    flop = seconds = 0.0
-    for out_features, in_features in sorted(set(shapes)):
-        sizes = ((out_features, in_features), (n, in_features), (n, out_features))
-        weight, x, g = (torch.randn(size, **settings) for size in sizes)
-        count = shapes.count((out_features, in_features))
-        for product in (lambda x=x, weight=weight: x @ weight.t(), lambda g=g, weight=weight: g @ weight):
-            seconds += count * seconds_of(product)
-            flop += count * 2 * n * out_features * in_features
-    return {"gflop_per_second": flop / seconds / 1e9}
-
-
-def seconds_of(product: Callable[[], object], *, rounds: int = 5, calls: int = 10) -> float:
-    """Of one call: the median of several rounds, after one to warm up."""
-    found = []
-    for _ in range(rounds + 1):
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(calls):
-            product()
-        synchronize()
-        found.append((time.perf_counter() - started) / calls)
-    return statistics.median(found[1:])
-
-
-def synchronize() -> None:
-    """Wait until the GPU has done what it was given."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """What products in the compute type reach for one batch, see bench/products.py."""
+    return {"gflop_per_second": products.gflop_per_second(base, p.numerics, p.pack.max_tokens * p.train.batch_size)}
 
 
 def start_counting_memory() -> None:
