@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.lib import chat, checkpoints, files, numerics, packing, stage, tracking
-from stages.lib.schema.lora import Lora, check_together
+from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.train import Train
 
@@ -27,7 +27,6 @@ def main(p: Params) -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
 
-    check_together(p.lora, p.numerics, gradient_checkpointing=p.train.gradient_checkpointing)
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
@@ -52,8 +51,7 @@ def main(p: Params) -> None:
         )
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder)
-            described = adapters.describe(model, p.lora, resolved)
-            described |= {"ended": trained.ended}
+            described = adapters.describe(model, p.lora, resolved) | {"ended": trained.ended}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)

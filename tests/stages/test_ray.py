@@ -27,7 +27,7 @@ ROWS = 25_000  # several items for every stage
 OVERRIDES = {
     prepare: ["data.source=local", "data.path=rows.jsonl", "data.max_chars=16000", "data.max_rejected_fraction=0.1"],
     dedup_split: [f"dedup.contamination.benchmarks={ROOT / 'data/benchmarks'}"],
-    tokenize_pack: ["pack.max_tokens=4096"],
+    tokenize_pack: ["pack.max_tokens=1024", "pack.max_lost_fraction=0.5"],
 }
 
 
