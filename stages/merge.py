@@ -27,7 +27,7 @@ def main(p: Params) -> None:
     merging.check_mergeable(ADAPTER)
     rows = held_out.conversations(Path("data/splits"), models.load_tokenizer(BASE), p.merge.rows)
     tuned = models.load_tuned(BASE, ADAPTER, p.numerics)
-    expected = fidelity.reference(tuned, rows)
+    expected = fidelity.reference(fidelity.of(tuned), rows)
     del tuned
     gc.collect()
 
@@ -36,7 +36,7 @@ def main(p: Params) -> None:
         gc.collect()
         if merging.is_equal(folder, BASE):
             raise ModelError(f"{MERGED}: weights equal those of {BASE}, expected the adapter's change in them.")
-        merged = fidelity.compare(expected, models.load_dense(folder, p.numerics))
+        merged = fidelity.compare(expected, fidelity.of(models.load_dense(folder, p.numerics)))
         if not merged.kl_mean <= p.merge.max_kl:
             raise GateError(
                 f"{MERGED}: mean KL to 4-bit base + adapter is {merged.kl_mean:.3g} nats per token over "

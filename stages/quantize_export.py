@@ -14,7 +14,8 @@ from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
 from stages.lib.schema.numerics import Numerics
 
-MERGED, ADAPTER, SPLITS = Path("models/merged"), Path("models/adapter"), Path("data/splits")
+BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
+SPLITS = Path("data/splits")
 
 
 @dataclass
@@ -29,9 +30,10 @@ class Params:
 def main(p: Params) -> None:
     from stages.lib import chat, held_out
     from stages.lib.export import card, manifest, measuring, modelfile, writing
+    from stages.lib.export.formats.exporter import Trained
 
     tokenizer = chat.load_tokenizer(MERGED)
-    source = files.read_json(Path("models/base/source.json"))
+    source = files.read_json(BASE / "source.json")
     name = f"{p.base_model.id.split('/')[-1]}-tuned"
     rows = held_out.conversations(SPLITS, tokenizer, p.export.rows)
     predictions = files.read_rows(Path("reports/evaluation/predictions.parquet"))
@@ -39,9 +41,10 @@ def main(p: Params) -> None:
     test = [row for row in records.read(SPLITS / "test.parquet") if row["id"] in predicted]
 
     with files.replacing(Path("models/export")) as folder:
-        written = writing.write_formats(MERGED, folder, name, p.export, p.numerics)
-        asked = measuring.ask_llama_cpp(written, MERGED, test, p.export, p.evaluate)
-        found = measuring.measure(written, asked, MERGED, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)
+        trained = Trained(name, BASE, ADAPTER, MERGED, SPLITS, folder, p.export, p.numerics)
+        written = writing.write_formats(trained, folder)
+        asked = measuring.ask(written, trained, test, p.export, p.evaluate)
+        found = measuring.measure(written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)
         stops = [tokenizer.convert_ids_to_tokens(token) for token in chat.stop_ids(tokenizer, MERGED)]
         recommended = writing.recommended(written)
         pieces = modelfile.pieces(tokenizer, stops) if recommended else None

@@ -4,8 +4,9 @@ The reference is computed once and kept, so that only one model at a time has to
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -52,12 +53,21 @@ class Fidelity:
         }
 
 
-def reference(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Reference:
+LogProbs = Callable[[Sequence[int], int], torch.Tensor]
+"""A model as this module sees it: (row of T token ids, start) -> log-probabilities for row[start:], (T - start, V)."""
+
+
+def of(model: PreTrainedModel) -> LogProbs:
+    """A transformers model, seen so."""
+    return partial(log_probs, model)
+
+
+def reference(model: LogProbs, rows: Sequence[Sequence[int]]) -> Reference:
     """Next-token log-probabilities of the reference model on `rows`, two tokens or more each."""
     columns = zip(*(row[:-1] for row in rows), strict=False)
     shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), 1)
     skipped = max(1, shared)  # nothing predicts the first token
-    return Reference(rows, skipped, [log_probs(model, row, skipped) for row in rows])
+    return Reference(rows, skipped, [model(row, skipped) for row in rows])
 
 
 @torch.inference_mode()
@@ -71,11 +81,11 @@ def log_probs(model: PreTrainedModel, row: Sequence[int], start: int) -> torch.T
     return logits.float().log_softmax(dim=-1).cpu()
 
 
-def compare(expected: Reference, model: PreTrainedModel) -> Fidelity:
+def compare(expected: Reference, model: LogProbs) -> Fidelity:
     """Measure `model` on the reference's tokens."""
     kl, same, nll, reference_nll = [], [], [], []
     for row, reference_log_probs in zip(expected.rows, expected.log_probs, strict=True):
-        found = log_probs(model, row, expected.skipped)  # (T, V)
+        found = model(row, expected.skipped)  # (T, V)
         if found.shape != reference_log_probs.shape:
             # A padded vocabulary: the extra entries stand for no token.
             found = found[:, : reference_log_probs.shape[1]].log_softmax(dim=-1)

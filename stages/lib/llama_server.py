@@ -7,6 +7,7 @@ Flash attention is off: with it, answers depend on the number of threads; withou
 
 import json
 import os
+import resource
 import sys
 import time
 import urllib.request
@@ -30,8 +31,11 @@ def main(file: str, request: str, reply: str) -> None:
     how.verbosity = 0
     server = xllamacpp.Server(how)  # held until the end: without a reference it is taken down at once
     address = server.listening_address
-    rendered = post(address, "apply-template", {"messages": asked["chat"]})["prompt"]
-    tokens = post(address, "tokenize", {"content": rendered, "add_special": True, "parse_special": True})["tokens"]
+    rendered = [post(address, "apply-template", {"messages": turns})["prompt"] for turns in asked["chats"]]
+    tokens = [
+        post(address, "tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        for text in rendered
+    ]
     started = time.monotonic()
     # All prompts in one request: they are queued together, so the batches do not depend on timing.
     continued = post(
@@ -50,7 +54,6 @@ def main(file: str, request: str, reply: str) -> None:
     answers = [
         {
             "ids": answer["tokens"],
-            "text": answer["content"],
             "stop": answer["stop_type"],
             "top": [
                 {str(token["id"]): token["logprob"] for token in place["top_logprobs"]}
@@ -59,7 +62,13 @@ def main(file: str, request: str, reply: str) -> None:
         }
         for answer in sorted(continued if isinstance(continued, list) else [continued], key=lambda one: one["index"])
     ]
-    found = {"rendered": rendered, "tokens": tokens, "answers": answers, "seconds": seconds}
+    found = {
+        "rendered": rendered,
+        "tokens": tokens,
+        "answers": answers,
+        "seconds": seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
     Path(reply).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -14,9 +14,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stages import merge, quantize_export
-from stages.lib import chat, fidelity, files, models, records
+from stages.lib import apart, chat, fidelity, files, models, records
 from stages.lib.errors import DataError, ExternalError, GateError, ModelError
-from stages.lib.export import gguf, llama_cpp, manifest, measuring, modelfile, nf4, writing
+from stages.lib.export import manifest, measuring, modelfile, writing
+from stages.lib.export.formats import EXPORTERS, gguf, llama_cpp
+from stages.lib.export.formats.exporter import Request, Session, Trained
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Source
 from stages.lib.schema.evaluate import Evaluate
@@ -95,7 +97,7 @@ def test_every_format_is_written_and_measured(exported: Path) -> None:
     assert sizes[0] > sizes[1] > sizes[2]
     assert found["export/gguf_q8_0/kl/mean"] < found["export/gguf_q4_k_m/kl/mean"]
     assert found["export/gguf_q8_0/fallback_tensors"] == 0
-    assert found["export/gguf_f16/llama_cpp/logprob_gap/max"] < 0.02
+    assert found["export/gguf_f16/runtime/logprob_gap/max"] < 0.02
     low, delta, high = (found[f"export/gguf_q8_0/task/parameters/field_f1/{name}"] for name in ("low", "delta", "high"))
     assert low <= delta <= high
     header = (exported / "plots/formats.csv").read_text().splitlines()[0]
@@ -151,8 +153,9 @@ def test_gguf_holds_the_template_and_stop_of_training_and_no_place(exported: Pat
 def test_nf4_is_saved_as_it_is_quantized_from_the_merged_model(exported: Path) -> None:
     fresh = models.load_base(exported / "models/merged", NUMERICS)
     again = models.load_base(exported / "models/export/bnb_nf4", NUMERICS)
-    assert fidelity.compare(fidelity.reference(fresh, ROWS), again).kl_mean < 1e-6
-    assert nf4.bits_per_weight(exported / "models/export/bnb_nf4", again.num_parameters()) < 8
+    assert fidelity.compare(fidelity.reference(fidelity.of(fresh), ROWS), fidelity.of(again)).kl_mean < 1e-6
+    size = EXPORTERS[Format.bnb_nf4].size(exported / "models/export/bnb_nf4", again.num_parameters())
+    assert size.bits_per_weight < 8
 
 
 def test_modelfile_renders_chats_as_the_template_does_and_stops_at_the_end_of_turn(exported: Path) -> None:
@@ -161,9 +164,8 @@ def test_modelfile_renders_chats_as_the_template_does_and_stops_at_the_end_of_tu
     assert f"FROM ./{NAME}-Q8_0.gguf\n" in text
     assert 'PARAMETER stop "<|im_end|>"\n' in text
     template = text.split('TEMPLATE """')[1].split('"""')[0]
-    assert go(template, llama_cpp.THREE_TURNS) == chat.render(
-        tokenizer, llama_cpp.THREE_TURNS, add_generation_prompt=True
-    )
+    turns = measuring.THREE_TURNS
+    assert go(template, turns) == chat.render(tokenizer, turns, add_generation_prompt=True)
 
 
 def go(template: str, messages: Any) -> str:
@@ -227,9 +229,9 @@ def test_a_damaged_file_is_seen(exported: Path, tmp_path: Path) -> None:
     tensor.data[:] = 0
     tensor.data.flush()
     model = exported / "models/merged"
-    expected = fidelity.reference(models.load_dense(model, NUMERICS), ROWS)
-    assert fidelity.compare(expected, gguf.load(GGUFReader(whole), model, NUMERICS)).kl_mean < 1e-6
-    assert fidelity.compare(expected, gguf.load(GGUFReader(damaged), model, NUMERICS)).kl_mean > 1e-3
+    expected = fidelity.reference(fidelity.of(models.load_dense(model, NUMERICS)), ROWS)
+    assert fidelity.compare(expected, fidelity.of(gguf.load(GGUFReader(whole), model, NUMERICS))).kl_mean < 1e-6
+    assert fidelity.compare(expected, fidelity.of(gguf.load(GGUFReader(damaged), model, NUMERICS))).kl_mean > 1e-3
 
 
 def test_the_quick_way_into_transformers_loads_what_its_own_loader_loads(exported: Path) -> None:
@@ -256,26 +258,26 @@ def test_a_file_of_another_shape_is_refused(exported: Path, tmp_path: Path) -> N
 
 def test_a_runtime_that_renders_otherwise_breaks_the_gate(exported: Path) -> None:
     tokenizer = chat.load_tokenizer(exported / "models/merged")
-    ids = chat.prompt_ids(tokenizer, llama_cpp.THREE_TURNS)
-    llama_cpp.check_chat(Path("m.gguf"), llama_cpp.Session("", ids, [], 1.0), tokenizer)
+    ids = chat.prompt_ids(tokenizer, measuring.THREE_TURNS)
+    measuring.check_chat(Path("m.gguf"), Session([""], [ids], [], 1.0), tokenizer)
     with pytest.raises(GateError, match=r"from token 3: found .* expected .*gguf_pre_tokenizer"):
-        llama_cpp.check_chat(Path("m.gguf"), llama_cpp.Session("", [*ids[:3], 7, *ids[4:]], [], 1.0), tokenizer)
+        measuring.check_chat(Path("m.gguf"), Session([""], [[*ids[:3], 7, *ids[4:]]], [], 1.0), tokenizer)
 
 
 def test_answers_that_do_not_stop_where_the_tuned_model_did_break_the_gate(exported: Path) -> None:
     p = params()
     file = writing.Written(Format.gguf_q8_0, exported / "models/export" / f"{NAME}-Q8_0.gguf")
-    model = exported / "models/merged"
-    asked = measuring.ask_llama_cpp(
-        [file], model, records.read(exported / "data/splits/test.parquet"), p.export, p.evaluate
-    )
+    models_of = exported / "models"
+    folders = (models_of / "base", models_of / "adapter", models_of / "merged", exported / "data/splits", models_of)
+    model = Trained(NAME, *folders, p.export, NUMERICS)
+    asked = measuring.ask([file], model, records.read(exported / "data/splits/test.parquet"), p.export, p.evaluate)
     predictions = files.read_rows(exported / "reports/evaluation/predictions.parquet")
     stopping = {row["id"]: row | {"stops": 1.0} for row in predictions}
     with pytest.raises(GateError, match=r"gguf_q8_0: ends 0% of the answers .* at least 90%"):
         measuring.measure([file], asked, model, ROWS, stopping, p=p.export, e=p.evaluate, n=NUMERICS)
     rambling = {row["id"]: row | {"stops": 0.0} for row in predictions}
     found = measuring.measure([file], asked, model, ROWS, rambling, p=p.export, e=p.evaluate, n=NUMERICS)
-    assert "export/gguf_q8_0/llama_cpp/stopped" in found.metrics
+    assert "export/gguf_q8_0/runtime/stopped" in found.metrics
     assert "export/gguf_q8_0/stopped_as_tuned" not in found.metrics  # nothing to compare with is no evidence
 
 
@@ -298,20 +300,20 @@ def test_a_tokenizer_the_converter_does_not_know_names_the_key(inside: Path) -> 
 def test_a_runtime_that_crashes_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF broken")
     with pytest.raises(ExternalError, match=r"llama.cpp with broken.gguf: the process (was ended|ended)"):
-        llama_cpp.ask(tmp_path / "broken.gguf", [[1, 2]], stop_ids=[2], max_new_tokens=2)
+        llama_cpp.ask(tmp_path / "broken.gguf", Request([], [[1, 2]], [2], 2))
 
 
 def test_a_crash_is_told_apart_from_an_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     with pytest.raises(ExternalError, match="trying it: the process was ended by signal 11"):
-        gguf.run_apart("trying it", "crash", PYTHONPATH=str(tmp_path))
+        apart.run("trying it", "crash", PYTHONPATH=str(tmp_path))
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hang.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(gguf, "PATIENCE_S", 1)
+    monkeypatch.setattr(apart, "PATIENCE_S", 1)
     with pytest.raises(ExternalError, match="trying it: no end after 1 s"):
-        gguf.run_apart("trying it", "hang", PYTHONPATH=str(tmp_path))
+        apart.run("trying it", "hang", PYTHONPATH=str(tmp_path))
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ class Fixed:
 
 
 def test_the_divergence_of_two_known_distributions() -> None:
-    expected = fidelity.reference(Fixed(0.5, 0.25, 0.25), [[0, 0, 1], [0, 2, 0, 0]])
-    close = fidelity.compare(expected, Fixed(0.25, 0.5, 0.25))
+    expected = fidelity.reference(fidelity.of(Fixed(0.5, 0.25, 0.25)), [[0, 0, 1], [0, 2, 0, 0]])
+    close = fidelity.compare(expected, fidelity.of(Fixed(0.25, 0.5, 0.25)))
     assert close.tokens == 5
     assert close.kl_mean == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
     assert close.top1 == 0
@@ -38,22 +38,22 @@ def test_the_divergence_of_two_known_distributions() -> None:
 
 
 def test_a_model_is_equal_to_itself(tiny_model_dir: Path) -> None:
-    model = models.load_dense(tiny_model_dir, NUMERICS)
+    model = fidelity.of(models.load_dense(tiny_model_dir, NUMERICS))
     close = fidelity.compare(fidelity.reference(model, ROWS), model)
     assert (close.kl_mean, close.top1, close.perplexity_ratio) == (0, 1, 1)
 
 
 def test_what_all_rows_begin_with_is_left_out(tiny_model_dir: Path) -> None:
-    expected = fidelity.reference(models.load_dense(tiny_model_dir, NUMERICS), ROWS)
+    expected = fidelity.reference(fidelity.of(models.load_dense(tiny_model_dir, NUMERICS)), ROWS)
     assert expected.skipped == 2
     assert [len(row) for row in expected.log_probs] == [4, 2]
 
 
 def test_a_layer_of_zeros_is_seen(tiny_model_dir: Path) -> None:
     model = models.load_dense(tiny_model_dir, NUMERICS)
-    expected = fidelity.reference(model, ROWS)
+    expected = fidelity.reference(fidelity.of(model), ROWS)
     model.get_submodule("model.layers.0.mlp.down_proj").weight.data.zero_()
-    assert fidelity.compare(expected, model).kl_mean > 1e-4
+    assert fidelity.compare(expected, fidelity.of(model)).kl_mean > 1e-4
 
 
 def test_gaps_are_over_the_likely_candidates_of_every_token() -> None:

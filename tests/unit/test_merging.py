@@ -48,8 +48,9 @@ def test_a_saved_merge_is_reloaded_as_the_trained_model(
     tiny_model_dir: Path, adapter: Path, tmp_path: Path, dtype: Dtype
 ) -> None:
     merging.save(merging.merge(tiny_model_dir, adapter, Base.dequantized, NUMERICS), tiny_model_dir, tmp_path, dtype)
-    expected = fidelity.reference(models.load_tuned(tiny_model_dir, adapter, NUMERICS), [[1, 5, 9, 30, 7], [1, 5, 80]])
-    close = fidelity.compare(expected, models.load_dense(tmp_path, NUMERICS))
+    tuned = models.load_tuned(tiny_model_dir, adapter, NUMERICS)
+    expected = fidelity.reference(fidelity.of(tuned), [[1, 5, 9, 30, 7], [1, 5, 80]])
+    close = fidelity.compare(expected, fidelity.of(models.load_dense(tmp_path, NUMERICS)))
     assert close.kl_mean < {Dtype.float32: 1e-6, Dtype.float16: 1e-6, Dtype.bfloat16: 1e-4}[dtype]
     assert files.read_json(tmp_path / "config.json")["dtype"] == str(dtype)
 

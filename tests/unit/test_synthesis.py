@@ -341,7 +341,7 @@ def test_a_damaged_record_is_named_by_its_line(capfd: pytest.CaptureFixture[str]
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_tmp")
 def test_a_model_served_here_answers_and_its_responses_are_recorded(tiny_model_dir: Path) -> None:
-    from stages.lib.export import gguf
+    from stages.lib.export.formats import gguf
 
     gguf.convert(tiny_model_dir, Path("tiny.gguf"), outtype="f16", name="tiny", pre_tokenizer="gpt-2")
     code = synthesize.main(arguments(None, "--gguf", "tiny.gguf", "--requests", "2", "--max-tokens", "16"))

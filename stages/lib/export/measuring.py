@@ -2,21 +2,26 @@
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stages.lib import arms, chat, fidelity, held_out, models
 from stages.lib.errors import GateError
-from stages.lib.export import gguf, llama_cpp, nf4, task_score
+from stages.lib.export import task_score
+from stages.lib.export.formats.exporter import Request, Session, Trained
 from stages.lib.export.writing import Written
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
 from stages.lib.schema.numerics import Numerics
 
+THREE_TURNS = (
+    {"role": "user", "content": "What is 2 + 2?  Answer in one word."},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": 'And as JSON, {"sum": 4}?\n\nÜmläute, 漢字 and `code` too.'},
+)
 Predictions = Mapping[str, Mapping[str, Any]]
 """Rows of predictions.parquet, arm `tuned`, by row id."""
 
@@ -36,11 +41,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """The test rows a GGUF answered, in the order of its answers."""
+    """The test rows a format answered in its runtime, in the order of its answers."""
 
     questions: Sequence[arms.Question]
     limits: Mapping[str, int]  # new tokens by task, as in evaluate
-    session: llama_cpp.Session
+    session: Session
 
     def answered(self) -> list[tuple[str, list[int], bool]]:
         """(row id, token ids, ended by itself) of each answer, cut where evaluate would have cut it."""
@@ -51,15 +56,15 @@ class Asked:
         return cut
 
 
-def ask_llama_cpp(
-    written: Sequence[Written], merged: Path, test: Sequence[Mapping[str, Any]], p: Export, e: Evaluate
+def ask(
+    written: Sequence[Written], trained: Trained, test: Sequence[Mapping[str, Any]], p: Export, e: Evaluate
 ) -> dict[str, Asked]:
-    """Let llama.cpp answer test rows with each GGUF file, every task represented.
+    """Let each format answer test rows in its own runtime, every task represented.
 
-    Raises: GateError, when it writes a chat otherwise than training did; ExternalError, when it crashes.
+    Raises: GateError, when one writes a chat otherwise than training did; ExternalError, when a runtime crashes.
     """
-    tokenizer = chat.load_tokenizer(merged)
-    stop_ids = chat.stop_ids(tokenizer, merged)
+    tokenizer = chat.load_tokenizer(trained.merged)
+    stop_ids = chat.stop_ids(tokenizer, trained.merged)
     every = arms.questions(tokenizer, test)
     limits = {
         task: arms.answer_limit(
@@ -71,16 +76,17 @@ def ask_llama_cpp(
     }
     questions = {question.row["id"]: question for question in every}
     found = {}
-    for one in (one for one in written if one.is_gguf):
+    for one in written:
         count = p.answers[one.form] if one.form in p.answers else p.probes
         asked = [questions[row["id"]] for row in held_out.spread(test, max(count, p.probes))]
-        session = llama_cpp.ask(
-            one.path,
-            [question.prompt for question in asked],
+        request = Request(
+            chats=[THREE_TURNS],
+            prompts=[question.prompt for question in asked],
             stop_ids=stop_ids,
             max_new_tokens=max(limits[question.row["task"]] for question in asked) + 1,
         )
-        llama_cpp.check_chat(one.path, session, tokenizer)
+        session = one.exporter.ask(one.path, request, trained)
+        check_chat(one.path, session, tokenizer)
         found[str(one.form)] = Asked(asked, limits, session)
     return found
 
@@ -88,7 +94,7 @@ def ask_llama_cpp(
 def measure(
     written: Sequence[Written],
     asked: Mapping[str, Asked],
-    merged: Path,
+    trained: Trained,
     rows: Sequence[Sequence[int]],
     predicted: Predictions,
     *,
@@ -102,11 +108,11 @@ def measure(
     Raises: GateError, when a format is further from the merged model than export.max_kl allows, or does not stop.
     """
     found = Found()
-    reference_model = models.load_dense(merged, n)
+    reference_model = models.load_dense(trained.merged, n)
     weights = sum(weight.numel() for weight in reference_model.parameters())
-    expected = fidelity.reference(reference_model, rows)
+    expected = fidelity.reference(fidelity.of(reference_model), rows)
     for form, told in asked.items():
-        found.metrics |= _in_llama_cpp(form, told, reference_model, predicted, p, e, merged)
+        found.metrics |= _in_runtime(form, told, reference_model, predicted, p, e, trained.merged)
         tokens = sum(len(answer.ids) for answer in told.session.answers)
         found.speeds[f"export/{form}/tokens_per_second"] = round(tokens / told.session.seconds, 2)
     del reference_model
@@ -114,9 +120,8 @@ def measure(
 
     faults = []
     for one in written:
-        size, model = _load(one, merged, n, weights)
-        close = fidelity.compare(expected, model)
-        del model
+        size = asdict(one.exporter.size(one.path, weights))
+        close = fidelity.compare(expected, one.exporter.log_probs(one.path, trained))
         gc.collect()
         found.metrics |= close.metrics(f"export/{one.form}")
         found.metrics |= {f"export/{one.form}/{key}": value for key, value in size.items()}
@@ -128,7 +133,7 @@ def measure(
                 "kl_p99": close.kl_p99,
                 "perplexity_ratio": close.perplexity_ratio,
                 "top1": close.top1,
-                "loaded": "transformers, dequantized" if one.is_gguf else "transformers",
+                "loaded": one.exporter.measured_in,
             }
         )
         if one.form in p.max_kl and not close.kl_mean <= p.max_kl[one.form]:
@@ -148,22 +153,7 @@ def measure(
     return found
 
 
-def _load(one: Written, merged: Path, n: Numerics, weights: int) -> tuple[dict[str, float], PreTrainedModel]:
-    """The format's size and its model, from the files alone."""
-    if one.is_gguf:
-        reader = GGUFReader(one.path)
-        inside = gguf.contents(reader, one.form)
-        size = {"mib": inside.mib, "bits_per_weight": inside.bits_per_weight, "fallback_tensors": inside.fallbacks}
-        return size, gguf.load(reader, merged, n)
-    size = {
-        "mib": round(sum(path.stat().st_size for path in one.path.iterdir()) / 2**20, 2),
-        "bits_per_weight": nf4.bits_per_weight(one.path, weights),
-        "fallback_tensors": 0,
-    }
-    return size, models.load_base(one.path, n)
-
-
-def _in_llama_cpp(
+def _in_runtime(
     form: str,
     told: Asked,
     reference_model: PreTrainedModel,
@@ -172,7 +162,7 @@ def _in_llama_cpp(
     e: Evaluate,
     merged: Path,
 ) -> dict[str, float]:
-    """Stops, token probabilities and task score of the answers llama.cpp gave."""
+    """Stops, token probabilities and task score of the answers the runtime gave."""
     tokenizer = chat.load_tokenizer(merged)
     gaps = [
         gap
@@ -186,10 +176,10 @@ def _in_llama_cpp(
     answered = told.answered()
     ended = [stopped for row, _, stopped in answered if predicted[row]["stops"]]
     metrics = {
-        f"export/{form}/llama_cpp/logprob_gap/max": max(gaps, default=0.0),
-        f"export/{form}/llama_cpp/logprob_gap/mean": sum(gaps) / len(gaps) if gaps else 0.0,
-        f"export/{form}/llama_cpp/answers": len(answered),
-        f"export/{form}/llama_cpp/stopped": sum(stopped for *_, stopped in answered) / len(answered),
+        f"export/{form}/runtime/logprob_gap/max": max(gaps, default=0.0),
+        f"export/{form}/runtime/logprob_gap/mean": sum(gaps) / len(gaps) if gaps else 0.0,
+        f"export/{form}/runtime/answers": len(answered),
+        f"export/{form}/runtime/stopped": sum(stopped for *_, stopped in answered) / len(answered),
     }
     if ended:
         metrics[f"export/{form}/stopped_as_tuned"] = sum(ended) / len(ended)
@@ -212,6 +202,24 @@ def _in_llama_cpp(
             f"{stem}/high": difference.high,
         }
     return metrics
+
+
+def check_chat(file: Path, session: Session, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Hold the runtime's tokens of a three-turn chat, template included, to those of training.
+
+    Raises: GateError, with the first place where they differ.
+    """
+    expected = chat.prompt_ids(tokenizer, THREE_TURNS)
+    found = session.tokens[0]
+    if found == expected:
+        return
+    ends = min(len(expected), len(found))
+    at = next((place for place in range(ends) if expected[place] != found[place]), ends)
+    raise GateError(
+        f"{file.name}: its runtime writes a chat otherwise than training did, from token {at}: found "
+        f"{tokenizer.decode(found[at : at + 8])!r}, expected {tokenizer.decode(expected[at : at + 8])!r}. "
+        "Check export.gguf_pre_tokenizer and the chat template of models/base."
+    )
 
 
 def context(merged: Path) -> int:
