@@ -14,6 +14,7 @@ class Format(StrEnum):
     gguf_q5_k_m = "gguf_q5_k_m"
     gguf_q4_k_m = "gguf_q4_k_m"
     bnb_nf4 = "bnb_nf4"
+    onnx_int4 = "onnx_int4"
 
 
 @dataclass
