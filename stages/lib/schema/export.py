@@ -15,6 +15,8 @@ class Format(StrEnum):
     gguf_q4_k_m = "gguf_q4_k_m"
     bnb_nf4 = "bnb_nf4"
     onnx_int4 = "onnx_int4"
+    compressed_w4a16 = "compressed_w4a16"
+    compressed_w8a8 = "compressed_w8a8"
 
 
 @dataclass
