@@ -29,9 +29,11 @@ class Params:
 
 def main(p: Params) -> None:
     from stages.lib import chat, held_out
-    from stages.lib.export import card, manifest, measuring, modelfile, writing
+    from stages.lib.export import card, manifest, measuring, modelfile, sbom, writing
     from stages.lib.export.formats.exporter import Trained
 
+    if p.export.sbom:
+        sbom.check()
     tokenizer = chat.load_tokenizer(MERGED)
     source = files.read_json(BASE / "source.json")
     name = f"{p.base_model.id.split('/')[-1]}-tuned"
@@ -67,7 +69,11 @@ def main(p: Params) -> None:
             has_modelfile=pieces is not None,
         )
         (folder / "LICENSE.md").write_text(card.license_note(p.base_model), encoding="utf-8")
-        manifest.write(folder, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format)
+        if p.export.sbom:
+            sbom.write(folder, name=name, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format)
+        manifest.write(
+            folder, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format, recommended=recommended
+        )
         manifest.verify(folder)
 
     files.write_csv(Path("plots/formats.csv"), found.table)

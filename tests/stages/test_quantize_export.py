@@ -41,6 +41,7 @@ def params(**export: Any) -> quantize_export.Params:
         "rows": 4,
         "answers": {"gguf_q8_0": 6},
         "probes": 2,
+        "sbom": False,
         "gguf_pre_tokenizer": "gpt-2",
     }
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}

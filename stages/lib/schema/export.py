@@ -24,6 +24,7 @@ class Export:
     rows: int  # held-out conversations measured
     answers: dict[str, int]  # test prompts answered in llama.cpp by format; a format not named answers `probes`
     probes: int  # answered prompts whose token probabilities are compared with the merged model's
+    sbom: bool  # also write a bill of materials, which needs the extra `sbom`
     gguf_pre_tokenizer: str | None  # llama.cpp's name of it, where its converter does not know the tokenizer
 
     def __post_init__(self) -> None:
