@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as fault:
         print(f"verify-export: {fault}", file=sys.stderr)
         return 2
-    for fault in wrong:
-        print(f"{folder}/{fault}")
+    for line in wrong:
+        print(f"{folder}/{line}")
     print(f"{folder}: {len(wrong)} faults" if wrong else f"{folder}: {count} files, each as {manifest.NAME} says")
     return 1 if wrong else 0
 

@@ -6,6 +6,7 @@ A folder is held to its manifest wherever it is handed on: after the export, by 
 import hashlib
 import json
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -119,6 +120,23 @@ def verify(folder: Path) -> None:
             + "\n  ".join(wrong)
             + "\nIt was changed after it was written: make it again (dvc checkout, or quantize_export)."
         )
+
+
+def copy(folder: Path, target: Path, origin: Mapping[str, Any]) -> None:
+    """Copy what the manifest names to `target`, whole or not at all, and say in the copy where it comes from.
+
+    Args: target: an absent path, or an earlier copy. origin: commit, run id and their kin, as `promoted` in the copy's
+        manifest, beside the hash of the manifest that was copied.
+    Raises: DataError, when folder or copy is not what its manifest says.
+    """
+    verify(folder)
+    named = read(folder)
+    with files.replacing(target) as new:
+        for name in named["files"]:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, new / name)
+        files.write_json(new / NAME, named | {"promoted": {**origin, "manifest_sha256": sha256_of(folder)}})
+        verify(new)
 
 
 def sha256_of(folder: Path) -> str:
