@@ -59,10 +59,10 @@ verify-export: env  ## hold an exported folder to its manifest: make verify-expo
 	@python -m commands.verify_export $(if $(DIR),"$(DIR)")
 
 promote: env  ## a copy of the export into MLflow's model registry; champion when it is better: make promote [EXP=<name>]
-	@python -m commands.promote $(if $(EXP),--exp "$(EXP)") $(if $(NAME),--name "$(NAME)") $(if $(DIR),--to "$(DIR)") $(ARGS)
+	@python -m commands.promote $(if $(EXP),--exp "$(EXP)") $(if $(NAME),--name "$(NAME)") $(if $(TO),--to "$(TO)") $(ARGS)
 
 publish: env  ## what an upload to the Hugging Face hub would send: make publish REPO=owner/name DIR=promoted/... [DRY=0]
-	@python -m commands.publish $(if $(REPO),--repo "$(REPO)") $(if $(DIR),"$(DIR)") $(if $(filter 0,$(DRY)),--upload) $(ARGS)
+	@python -m commands.publish $(if $(REPO),--repo "$(REPO)") $(if $(DIR),"$(DIR)") $(if $(filter 0,$(DRY)),--upload) $(if $(PUBLIC),--public) $(ARGS)
 
 synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... MODEL=... N=... URL=...
 	python -m commands.synthesize $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(OUT),--out "$(OUT)") \

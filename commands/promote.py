@@ -125,10 +125,12 @@ def unrecorded() -> list[str]:
     ]
     shown = _output(sys.executable, "-m", "dvc", "status", "--json", "--with-deps", "quantize_export")
     for stage, entries in json.loads(shown).items():
-        for entry in entries:
-            kinds = entry if isinstance(entry, dict) else {entry: {stage: entry}}
-            pairs = [pair for paths in kinds.values() for pair in paths.items()]
-            faults += [f"{stage}: {path} {how}" for path, how in pairs if how != "not in cache"]
+        for entry in entries:  # "changed command", or {"changed deps": {path: "modified"}}
+            if isinstance(entry, str):
+                faults.append(f"{stage}: {entry}")
+                continue
+            states = [state for changed in entry.values() for state in changed.items()]
+            faults += [f"{stage}: {path} {state}" for path, state in states if state != "not in cache"]
     return faults
 
 
@@ -167,7 +169,7 @@ def check_free(target: Path, digest: str) -> None:
         return
     held = manifest.read(target) if (target / manifest.NAME).is_file() else {}
     if "promoted" not in held or held["promoted"]["manifest_sha256"] != digest:
-        raise DataError(f"{target}: holds something else, expected an absent or empty folder. Change --to.")
+        raise DataError(f"{target}: holds something else, expected an absent or empty folder. Name another one in TO.")
 
 
 def _adapter(lock: str) -> str | None:
