@@ -16,6 +16,7 @@ from pathlib import Path
 from httpx2 import HTTPError  # what huggingface_hub raises for a broken connection
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
+from yaml import YAMLError
 
 from stages.lib.errors import ConfigError, DataError, ExternalError, PipelineError
 from stages.lib.export import manifest
@@ -70,7 +71,7 @@ def checked(folder: Path) -> list[str]:
 
 def check_name(repo: str) -> None:
     """Raises: ConfigError, for what cannot be a repository on the hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
         raise ConfigError(f"REPO: found {repo!r}, expected owner/name of letters, digits, dots, - and _.")
 
 
@@ -81,7 +82,7 @@ def described(card: Path) -> dict[str, object]:
     """
     try:
         data: ModelCardData = ModelCard.load(card).data
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, YAMLError) as fault:
         raise DataError(f"{card}: the hub could not read this card: {fault}") from None
     found = data.to_dict()
     if missing := [key for key in NEEDED if not found.get(key)]:

@@ -42,7 +42,7 @@ def write(
     """
     check()
     from cyclonedx.contrib.license.factories import LicenseFactory
-    from cyclonedx.model import HashType
+    from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.dependency import Dependency
@@ -59,7 +59,7 @@ def write(
                 type=ComponentType.FILE,
                 name=file,
                 bom_ref=f"{reference}/{file}",
-                hashes=[HashType.from_composite_str(f"sha256:{digest}")],
+                hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
             )
             for file, digest in digests.items()
         ]
