@@ -11,10 +11,10 @@ Exit 0: stopped, all answered; 1: some were cut; 2: bad input.
 """
 
 import argparse
-import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def _adapters(asked: argparse.Namespace, bound: socket.socket) -> int:
     p = config.load(Params)
     os.environ["HF_HUB_OFFLINE"] = "1"
     numerics.settle(p.numerics, p.runtime.threads)
-    logging.basicConfig(level=logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for its developers
     from stages.lib.serving import adapters  # torch, once numerics are settled
 
     engine = adapters.Adapters(

@@ -194,18 +194,7 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(engine: Engine, bound: socket.socket, host: str, *, grace_s: float) -> int:
-    """Answer until SIGTERM or SIGINT comes, then finish what runs within grace_s; a second signal ends at once.
-
-    Returns: requests that were cut.
-    """
-    front = Front(engine, host)
-    server = _Server(front, grace_s)
-    server.run(sockets=[bound])
-    return server.cut
-
-
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Its own way down closes the port first; here new requests are told 503 while old ones are finished."""
 
     def __init__(self, front: Front, grace_s: float) -> None:
@@ -237,3 +226,13 @@ class _Server(uvicorn.Server):
             self.cut = front.running
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def run(engine: Engine, bound: socket.socket, host: str, *, grace_s: float) -> int:
+    """Answer until SIGTERM or SIGINT comes, then finish what runs within grace_s; a second signal ends at once.
+
+    Returns: requests that were cut.
+    """
+    server = Server(Front(engine, host), grace_s)
+    server.run(sockets=[bound])
+    return server.cut

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.lib.serving.refusals import Refusal
 
-WHITESPACE = r"[ \n]{0,2}"
+WHITESPACE = r"\n?[ \t]{0,16}"
 """Between the parts of JSON. Without a bound a small model may write blanks until its tokens are spent."""
 
 
