@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Adapters:
         config = model.get_base_model().config.get_text_config()
         self._context = min(context, config.max_position_embeddings)
         stop_ids = chat.stop_ids(self._tokenizer, base)
-        self._guide = structured.guides(self._tokenizer, config.vocab_size, stop_ids)
+        # made at the first need: it takes a second
+        self._guides = cache(partial(structured.guides, self._tokenizer, config.vocab_size, tuple(stop_ids)))
         weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {BASE: model.disable_adapter}
         weights |= {name: partial(_only, model, inner[name]) for name in adapters}
         self.turns = Turns(model, self._tokenizer, stop_ids, weights, slots=slots)
@@ -115,7 +116,7 @@ class Adapters:
             top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=secrets.randbits(63) if asked.seed is None else asked.seed % 2**63,
             stops=asked.stops,
-            guide=None if schema is None else self._guide(schema),
+            guide=None if schema is None else self._guides()(schema),
         )
 
     async def _pieces(self, asked: Asked) -> AsyncGenerator[str | End]:

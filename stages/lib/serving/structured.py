@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,7 +46,9 @@ class _Guide:
         return bool(self._matcher.is_stopped())
 
 
-def guides(tokenizer: PreTrainedTokenizerFast, n_tokens: int, stop_ids: list[int]) -> Callable[[dict[str, Any]], Guide]:
+def guides(
+    tokenizer: PreTrainedTokenizerFast, n_tokens: int, stop_ids: Sequence[int]
+) -> Callable[[dict[str, Any]], Guide]:
     """What makes a guide of a JSON schema. It raises Refusal, for a schema that cannot be followed, or when the extra
     `serve` of pyproject.toml is not installed.
 
@@ -56,7 +58,7 @@ def guides(tokenizer: PreTrainedTokenizerFast, n_tokens: int, stop_ids: list[int
         return _absent
     import llguidance.hf
 
-    known = llguidance.hf.from_tokenizer(tokenizer, eos_token=stop_ids)
+    known = llguidance.hf.from_tokenizer(tokenizer, eos_token=list(stop_ids))
 
     def make(schema: dict[str, Any]) -> Guide:
         overrides = {"whitespace_pattern": WHITESPACE}
