@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish synthesize judge lm-eval clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -75,8 +75,15 @@ judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)
 
+serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make serve PORT=... ADAPTERS="a=models/adapter b=..."
+	@exec python -m commands.serve $(if $(GGUF),--gguf "$(GGUF)") $(if $(ADAPTERS),--adapters $(ADAPTERS)) \
+		$(if $(PORT),--port "$(PORT)") $(ARGS)
+
+chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
+	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
+
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra serve pyproject.toml -o requirements.lock

@@ -4,6 +4,7 @@ Nothing here runs code of a model folder, reaches the network or reads a pickle.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from stages.lib.errors import ModelError
 from stages.lib.schema.numerics import Numerics, Quantization
 
 WEIGHTS = "adapter_model.safetensors"
-__all__ = ["load_base", "load_dense", "load_tokenizer", "load_tuned"]
+__all__ = ["load_base", "load_dense", "load_several", "load_tokenizer", "load_tuned"]
 
 
 def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedModel:
@@ -72,6 +73,19 @@ def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -
     return _with_adapter(load_base(base, n, dense=dense), adapter, n)
 
 
+def load_several(base: Path, folders: Mapping[str, Path], n: Numerics, *, dense: bool = False) -> PeftModel:
+    """The base with several adapters side by side, by the names PEFT is to call them; `set_adapter` chooses one.
+
+    Raises: ModelError, as load_tuned, or when adapters of these kinds cannot stand side by side.
+    """
+    for folder in folders.values():
+        _check_adapter(folder)
+    model = load_base(base, n, dense=dense)
+    for name, folder in folders.items():
+        model = _with_adapter(model, folder, n, name)
+    return model
+
+
 def load_mergeable(base: Path, adapter: Path, n: Numerics) -> PeftModel:
     """load_tuned in ordinary weights throughout: the values of 8-bit layers, too, though not how these round inputs."""
     _check_adapter(adapter)
@@ -87,16 +101,26 @@ def _check_adapter(adapter: Path) -> None:
         raise ModelError(f"{adapter}: no adapter found, expected {WEIGHTS} and adapter_config.json. Run qlora_train.")
 
 
-def _with_adapter(frozen: PreTrainedModel, adapter: Path, n: Numerics) -> PeftModel:
-    """PEFT's loading, made strict: by itself it warns of missing tensors, and passes over those it does not know."""
+def _with_adapter(
+    frozen: PreTrainedModel | PeftModel, adapter: Path, n: Numerics, name: str = adapters.NAME
+) -> PeftModel:
+    """PEFT's loading, made strict: by itself it warns of missing tensors, and passes over those it does not know.
+
+    Args: frozen: what it is added to, a base or one that has other adapters.
+    """
     resolved = numerics.resolve(n)
     known = set(map(id, frozen.parameters()))
+    how: dict[str, Any] = {"torch_device": resolved.device, "autocast_adapter_dtype": False}
+    model = frozen
     try:
-        model = PeftModel.from_pretrained(frozen, adapter, torch_device=resolved.device, autocast_adapter_dtype=False)
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, name, **how)
+        else:
+            model = PeftModel.from_pretrained(frozen, adapter, name, **how)
     except (RuntimeError, ValueError, KeyError) as fault:
         raise ModelError(f"{adapter}: does not fit models/base: {fault}. Run qlora_train again.") from fault
     stored = load_file(adapter / WEIGHTS)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False, adapter_name=name)
     if stored.keys() != expected.keys():
         missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
         raise ModelError(
@@ -107,7 +131,7 @@ def _with_adapter(frozen: PreTrainedModel, adapter: Path, n: Numerics) -> PeftMo
     for parameter in model.parameters():
         if id(parameter) not in known:
             parameter.data = parameter.data.to(getattr(torch, resolved.adapter_dtype))
-    adapters.keep_types(model)
+    adapters.keep_types(model, name)
     return model.eval()
 
 
