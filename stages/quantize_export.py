@@ -7,7 +7,7 @@ models/export, plots/formats.csv and metrics/quantize_export.json.
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import files, licences, records, stage, tracking
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Data
 from stages.lib.schema.evaluate import Evaluate
@@ -68,7 +68,8 @@ def main(p: Params) -> None:
             stops=stops,
             has_modelfile=pieces is not None,
         )
-        (folder / "LICENSE.md").write_text(card.license_note(p.base_model), encoding="utf-8")
+        carried = licences.carry(BASE, folder)
+        (folder / "LICENSE.md").write_text(card.license_note(p.base_model, carried), encoding="utf-8")
         if p.export.sbom:
             sbom.write(folder, name=name, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format)
         manifest.write(
