@@ -42,6 +42,7 @@ def params(**export: Any) -> quantize_export.Params:
         "answers": {"gguf_q8_0": 6},
         "probes": 2,
         "gguf_pre_tokenizer": "gpt-2",
+        "imatrix_rows": 0,
     }
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}
     return quantize_export.Params(
