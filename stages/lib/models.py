@@ -41,6 +41,11 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
     if n.quantization is not Quantization.none and "quantization_config" not in _config(folder):
         recipe["quantization_config"] = _quantized(n, compute)
     model = _from_folder(folder, resolved, **recipe)
+    if getattr(model, "is_loaded_in_8bit", False):
+        # It says so at every product that float32 goes in and float16 is rounded.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if "quantization_config" in _config(folder):
+        _compute_in(model, compute)
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             # On CPUs with AVX512_BF16, bitsandbytes 0.50.2 repacks a weight at the first forward in eval mode, into a
@@ -53,8 +58,6 @@ def load_base(folder: Path, n: Numerics, *, dense: bool = False) -> PreTrainedMo
 def _quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
     """n.quantization in the words of bitsandbytes."""
     if n.quantization is Quantization.int8:
-        # It says so at every product that float32 goes in and float16 is rounded.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -62,6 +65,17 @@ def _quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=n.double_quantization,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what a quantized folder holds unquantized (embeddings, norms) the compute type, not its own 16 bit."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not name.endswith(".SCB"):
+            weight.data = weight.data.to(dtype)
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.compute_dtype = dtype
+    model.config.dtype = dtype
 
 
 def load_tuned(base: Path, adapter: Path, n: Numerics, *, dense: bool = False) -> PeftModel:

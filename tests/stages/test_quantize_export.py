@@ -43,6 +43,7 @@ def params(**export: Any) -> quantize_export.Params:
         "probes": 2,
         "sbom": False,
         "gguf_pre_tokenizer": "gpt-2",
+        "imatrix_rows": 0,
     }
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}
     return quantize_export.Params(
