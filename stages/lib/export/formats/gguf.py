@@ -99,6 +99,7 @@ def convert(model: Path, file: Path, *, outtype: str, name: str, pre_tokenizer: 
             outtype,
             name,
             *([pre_tokenizer] if pre_tokenizer else []),
+            writes=file,
             PYTHONPATH=str(CONVERTER),
         )
     except ExternalError as fault:
@@ -158,6 +159,7 @@ def quantize(source: Path, file: Path, form: Format, file_type: int, importance:
         str(file_type),
         str(torch.get_num_threads()),
         *([str(importance.resolve())] if importance else []),
+        writes=file,
     )
 
 
