@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from stages.lib import merging, models
+from stages.lib import merging, models, numerics
 from stages.lib.export.formats.exporter import Size, Trained
 from stages.lib.export.formats.transformers_folder import TransformersFolder
 
@@ -35,4 +35,5 @@ class Adapter(TransformersFolder):
         return super().size(path, own)
 
     def load(self, path: Path, trained: Trained) -> PreTrainedModel:
-        return models.load_tuned(trained.base, path, trained.numerics, dense=True)
+        n = trained.numerics
+        return models.load_tuned(trained.base, path, n, dense=numerics.resolve(n).device == "cpu")
