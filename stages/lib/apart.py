@@ -11,7 +11,8 @@ from pathlib import Path
 from stages.lib.errors import ExternalError
 
 CODE = Path(__file__).resolve().parents[2]
-LEAST_ROOM = 2**20  # bytes; a disk with less is full: the largest single write that fails leaves the rest of it free
+FULL = ("No space left on device", "Not enough free space to write")  # the latter is NumPy's, before it writes
+LEAST_ROOM = 2**20  # bytes; a disk with less is full
 PATIENCE_S = 2 * 3600  # a process that hangs must not hold the pipeline for ever; the default model needs a minute
 
 
@@ -48,7 +49,8 @@ def run(
             ) from fault
     if done.returncode == 0:
         return
-    if "No space left on device" in done.stderr or (writes and shutil.disk_usage(writes.parent).free < LEAST_ROOM):
+    said = any(words in done.stderr for words in FULL)
+    if said or (writes and shutil.disk_usage(writes.parent).free < LEAST_ROOM):
         raise OSError(errno.ENOSPC, f"No space left on device while {what}")
     how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with status {done.returncode}"
     last = [line for line in done.stderr.splitlines() if line.strip()][-6:]

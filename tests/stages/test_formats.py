@@ -281,15 +281,19 @@ def test_an_architecture_the_converter_does_not_know_is_one_message(trained: Tra
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_a_full_disk_is_said_whatever_a_native_library_calls_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "full.py").write_text("import sys\nsys.exit('RuntimeError: failed with code 1')\n")
-    with pytest.raises(ExternalError, match="failed with code 1"):
+def test_a_full_disk_is_said_whatever_a_library_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(words: str) -> None:
+        (tmp_path / "full.py").write_text(f"import sys\nsys.exit({words!r})\n")
         apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", PYTHONPATH=str(tmp_path))
+
+    with pytest.raises(ExternalError, match="failed with code 1"):
+        fail("RuntimeError: failed with code 1")
+    for words in ("OSError: [Errno 28] No space left on device", "OSError: Not enough free space to write 9 bytes"):
+        with pytest.raises(OSError, match=rf"{stage.NO_SPACE} while writing gguf_q8_0"):
+            fail(words)
     monkeypatch.setattr(apart, "LEAST_ROOM", 2**60)
     with pytest.raises(OSError, match=rf"{stage.NO_SPACE} while writing gguf_q8_0"):
-        apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", PYTHONPATH=str(tmp_path))
+        fail("RuntimeError: failed with code 1")
 
 
 def test_what_the_converter_says_becomes_a_message_with_the_key(tmp_path: Path) -> None:
