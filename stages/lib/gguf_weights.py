@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,14 +88,24 @@ def processor_of(model: PreTrainedModel, architecture: str) -> TensorProcessor:
 
 
 def hugging_face_names(model: PreTrainedModel, architecture: str) -> dict[str, str]:
-    """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
-    key = model.config.to_json_string()
-    if key not in _known_names:
-        _known_names[key] = get_gguf_hf_weights_map(model, processor_of(model, architecture))
-    return _known_names[key]
+    """GGUF's name of each weight -> transformers' name.
 
-
-_known_names: dict[str, dict[str, str]] = {}
+    transformers walks down the modules and lists the architecture's names anew in each, which takes seconds; the names
+    from the top alone are the same wherever they name every weight.
+    Raises: ModelError, when transformers knows no GGUF of this architecture.
+    """
+    processor = processor_of(model, architecture)
+    top = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    try:
+        names: dict[str, str] = get_gguf_hf_weights_map(top, processor)
+        if model.state_dict().keys() - names.values():
+            names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as fault:
+        raise ModelError(
+            f"{architecture}: transformers cannot load a GGUF file of it to measure it: {fault}. "
+            "Leave the gguf formats out of export.formats."
+        ) from fault
+    return names
 
 
 def _check_description(reader: GGUFReader, architecture: str, config: object) -> None:
