@@ -26,6 +26,7 @@ from tests.promoted import edit, make_export, predictions
 WEAK, GOOD, BEST = 13, 18, 24  # rows of 24 that a model answers right
 NAME = "tuned"  # of the registered model; each test has its own
 P = settings()
+OUTPUT = promote._output  # before the fixtures below answer for DVC
 
 
 def of(tuned: int, **changes: Any) -> list[dict[str, Any]]:
@@ -364,6 +365,7 @@ def test_a_server_takes_versions_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_dvc_says_when_the_export_is_not_what_a_commit_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(promote, "_output", OUTPUT)
     dvc = [sys.executable, "-m", "dvc"]
     make = "mkdir models/export && cp note models/export/note"
     stages = {"quantize_export": {"cmd": make, "deps": ["note"], "outs": ["models/export"]}}
