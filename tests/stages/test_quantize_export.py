@@ -135,10 +135,10 @@ def test_the_manifest_names_every_file_and_sees_a_change(exported: Path, tmp_pat
     assert recorded["adapter"]["adapter_model.safetensors"] == files.sha256(
         exported / "models/adapter/adapter_model.safetensors"
     )
-    assert set(recorded["data"]) == {"test.parquet", "validation.parquet"}
+    assert set(recorded["data"]["files"]) == {"test.parquet", "validation.parquet"}
     (folder / "README.md").write_text("changed")
     (folder / "more").touch()
-    with pytest.raises(DataError, match=r"2 files .* README.md, more"):
+    with pytest.raises(DataError, match=r"README.md: changed\n  more: unknown"):
         manifest.verify(folder)
 
 
