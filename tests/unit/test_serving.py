@@ -412,9 +412,7 @@ def test_a_gguf_file_is_served_from_start_to_stop(tiny_model_dir: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_server_of_adapters_is_started_and_stopped(
-    tiny_model_dir: Path, folders: dict[str, Path], monkeypatch
-) -> None:
+def test_a_server_of_adapters_is_started_and_stopped(base: Path, folders: dict[str, Path], monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     with process.started(["--base", str(base), "--adapters", f"one={folders['one']}"]) as (address, _):
         assert content(chat(address.removesuffix("/v1"), model="one", max_tokens=4))
