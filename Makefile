@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export synthesize judge lm-eval serve chat clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -54,6 +54,15 @@ export: env  ## merge and export the chosen experiment: make export EXP=<name>
 	@test -n "$(EXP)" || { echo "export: found no EXP, expected a name that \`dvc exp list\` shows: make export EXP=<name>" >&2; exit 2; }
 	dvc exp apply $(EXP)
 	DVC_EXP_NAME=$(EXP) dvc repro
+
+verify-export: env  ## hold an exported folder to its manifest: make verify-export [DIR=models/export]
+	@python -m commands.verify_export $(if $(DIR),"$(DIR)")
+
+promote: env  ## a copy of the export into MLflow's model registry; champion when it is better: make promote [EXP=<name>]
+	@python -m commands.promote $(if $(EXP),--exp "$(EXP)") $(if $(NAME),--name "$(NAME)") $(if $(TO),--to "$(TO)") $(ARGS)
+
+publish: env  ## what an upload to the Hugging Face hub would send: make publish REPO=owner/name DIR=promoted/... [DRY=0]
+	@python -m commands.publish $(if $(REPO),--repo "$(REPO)") $(if $(DIR),"$(DIR)") $(if $(filter 0,$(DRY)),--upload) $(if $(PUBLIC),--public) $(ARGS)
 
 synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... MODEL=... N=... URL=...
 	python -m commands.synthesize $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(OUT),--out "$(OUT)") \

@@ -7,7 +7,7 @@ models/export, plots/formats.csv and metrics/quantize_export.json.
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import files, licences, records, stage, tracking
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Data
 from stages.lib.schema.evaluate import Evaluate
@@ -29,9 +29,11 @@ class Params:
 
 def main(p: Params) -> None:
     from stages.lib import chat, held_out
-    from stages.lib.export import card, manifest, measuring, modelfile, writing
+    from stages.lib.export import card, manifest, measuring, modelfile, sbom, writing
     from stages.lib.export.formats.exporter import Trained
 
+    if p.export.sbom:
+        sbom.check()
     tokenizer = chat.load_tokenizer(MERGED)
     source = files.read_json(BASE / "source.json")
     name = f"{p.base_model.id.split('/')[-1]}-tuned"
@@ -66,8 +68,13 @@ def main(p: Params) -> None:
             stops=stops,
             has_modelfile=pieces is not None,
         )
-        (folder / "LICENSE.md").write_text(card.license_note(p.base_model), encoding="utf-8")
-        manifest.write(folder, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format)
+        carried = licences.carry(BASE, folder)
+        (folder / "LICENSE.md").write_text(card.license_note(p.base_model, carried), encoding="utf-8")
+        if p.export.sbom:
+            sbom.write(folder, name=name, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format)
+        manifest.write(
+            folder, base=source, adapter=ADAPTER, splits=SPLITS, formats=found.by_format, recommended=recommended
+        )
         manifest.verify(folder)
 
     files.write_csv(Path("plots/formats.csv"), found.table)

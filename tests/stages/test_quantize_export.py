@@ -41,7 +41,9 @@ def params(**export: Any) -> quantize_export.Params:
         "rows": 4,
         "answers": {"gguf_q8_0": 6},
         "probes": 2,
+        "sbom": False,
         "gguf_pre_tokenizer": "gpt-2",
+        "imatrix_rows": 0,
     }
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100}
     return quantize_export.Params(
