@@ -18,6 +18,7 @@ class Format(StrEnum):
     bnb_int8 = "bnb_int8"
     safetensors = "safetensors"
     adapter = "adapter"
+    onnx_int4 = "onnx_int4"
 
 
 @dataclass
