@@ -1,5 +1,10 @@
 """The weights of a GGUF file in a transformers model, dequantized."""
 
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -12,6 +17,31 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from stages.lib.errors import ModelError
+
+
+class Reader(GGUFReader):  # type: ignore[misc]  # gguf brings no types
+    """gguf's reader, four times as fast: a slice of a memory map costs more than all else it does, once per token."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        order = self.byte_order if override_order is None else override_order
+        return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+
+def read(file: Path) -> Reader:
+    """The head of a GGUF file and its tensors, parsed once for all that is asked of it.
+
+    Raises: ModelError, when it is no whole GGUF file.
+    """
+    stat = file.stat()
+    return _read(file.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, changed: int, size: int) -> Reader:
+    try:
+        return Reader(file)
+    except (ValueError, IndexError, KeyError) as fault:
+        raise ModelError(f"{file.name}: cannot be read as a GGUF file: {fault}. Export it again.") from fault
 
 
 def load(reader: GGUFReader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,10 +10,20 @@ from stages.lib.errors import DataError
 NAME = "manifest.json"
 
 
-def write(folder: Path, *, base: Mapping[str, Any], adapter: Path, splits: Path, formats: Mapping[str, Any]) -> None:
+def write(
+    folder: Path,
+    *,
+    base: Mapping[str, Any],
+    adapter: Path,
+    splits: Path,
+    formats: Mapping[str, Any],
+    recommended: str | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> None:
     """Name every file of the folder and everything the weights come from. No time, host, path, commit or run id.
 
-    Args: base: models/base/source.json. formats: what was measured of each format.
+    Args: base: models/base/source.json. formats: what was measured of each format. recommended: the GGUF file to serve.
+        skipped: formats that were asked for and not written, with the reason.
     """
     files.write_json(
         folder / NAME,
@@ -22,6 +32,8 @@ def write(folder: Path, *, base: Mapping[str, Any], adapter: Path, splits: Path,
             "adapter": _digests(adapter),
             "data": _digests(splits),
             "formats": dict(formats),
+            "skipped": dict(skipped or {}),
+            "recommended": recommended,
             "files": _digests(folder),
         },
     )

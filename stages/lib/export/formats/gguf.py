@@ -62,10 +62,10 @@ class Gguf(Exporter):
         quantize(wide, path, self.form, self.kind.file_type)
 
     def size(self, path: Path, weights: int) -> Size:
-        return contents(GGUFReader(path), self.kind.wanted)
+        return contents(gguf_weights.read(path), self.kind.wanted)
 
     def log_probs(self, path: Path, trained: Trained) -> fidelity.LogProbs:
-        return fidelity.of(load(GGUFReader(path), trained.merged, trained.numerics))
+        return fidelity.of(load(gguf_weights.read(path), trained.merged, trained.numerics))
 
     def ask(self, path: Path, request: Request, trained: Trained) -> Session:
         return llama_cpp.ask(path, request)
@@ -149,5 +149,5 @@ def load(reader: GGUFReader, merged: Path, n: Numerics) -> PreTrainedModel:
 
 def metadata(file: Path, key: str) -> object:
     """One value from the head of the file, such as `tokenizer.chat_template`."""
-    field = GGUFReader(file).fields.get(key)
+    field = gguf_weights.read(file).fields.get(key)
     return None if field is None else field.contents()
