@@ -78,11 +78,12 @@ def table(found: Sequence[Rung]) -> list[dict[str, Any]]:
     ]
 
 
-ROW, TOP, BOTTOM, WIDTH, NAMES = 38, 40, 26, 170, 150
+ROW, TOP, BOTTOM, WIDTH, NAMES = 38, 56, 26, 170, 150
 """Heights of a row, of the panels' titles and of their scales; widths of a panel and of the names beside it."""
 STYLE = (
     ".t{font:600 12px system-ui,sans-serif;fill:var(--ink,#1b1f24)}"
-    ".s{font:11px system-ui,sans-serif;fill:var(--soft,#5b6470)}"
+    ".s{font:11px system-ui,sans-serif;fill:var(--soft,#5b6470);"
+    "paint-order:stroke;stroke:var(--card,#fff);stroke-width:3px}"
     ".n{font:12.5px system-ui,sans-serif;fill:var(--ink,#1b1f24)}"
     ".g{stroke:var(--line,#e3e6ea)}.z{stroke:var(--quiet,#8b93a0)}"
     ".b{fill:var(--quiet,#8b93a0)}.d{fill:var(--accent,#0f6fa8)}"
@@ -106,6 +107,7 @@ class Panel:
     """One measure for all rungs. ticks: text and place. zero: where a line stands that means no difference."""
 
     title: str
+    unit: str
     marks: Sequence[Mark | None]
     ticks: Sequence[tuple[str, float]]
     zero: float | None = None
@@ -150,7 +152,10 @@ def _names(found: Sequence[Rung]) -> str:
 
 def _drawn(panel: Panel, left: int) -> str:
     bottom = TOP + ROW * len(panel.marks)
-    parts = [f'<text class="t" x="{left}" y="16">{html.escape(panel.title)}</text>']
+    parts = [
+        f'<text class="t" x="{left}" y="14">{html.escape(panel.title)}</text>',
+        f'<text class="s" x="{left}" y="30">{html.escape(panel.unit)}</text>',
+    ]
     for text, at in panel.ticks:
         x = round(left + WIDTH * at, 1)
         anchor = "start" if at < 0.1 else "end" if at > 0.9 else "middle"
@@ -181,13 +186,15 @@ def _drawn(panel: Panel, left: int) -> str:
 
 
 def _panel(
-    found: Sequence[Rung], title: str, keys: Sequence[str], mark: Callable[[Mapping[str, float]], Mark], **more: Any
+    found: Sequence[Rung],
+    title: str,
+    unit: str,
+    keys: Sequence[str],
+    mark: Callable[[Mapping[str, float]], Mark],
+    ticks: Sequence[tuple[str, float]],
 ) -> Panel:
-    return Panel(
-        title,
-        [mark(rung.figures) if all(key in rung.figures for key in keys) else None for rung in found],
-        **more,
-    )
+    marks = [mark(rung.figures) if all(key in rung.figures for key in keys) else None for rung in found]
+    return Panel(title, unit, marks, ticks)
 
 
 def _sizes(found: Sequence[Rung]) -> Panel:
@@ -198,7 +205,7 @@ def _sizes(found: Sequence[Rung]) -> Panel:
         return Mark(text, figures["mib"] / top, 0, 0, is_bar=True)
 
     ticks = [(f"{top * part / 2:,g}", part / 2) for part in range(3)]
-    return _panel(found, "Size, bits per weight", ("mib", "bits_per_weight"), mark, ticks=ticks)
+    return _panel(found, "Size", "MiB, bits per weight", ("mib", "bits_per_weight"), mark, ticks)
 
 
 KL_FLOOR, KL_TOP = 1e-6, 10.0  # nats per token; below float32's noise, and above what a broken model comes to
@@ -213,24 +220,28 @@ def _divergences(found: Sequence[Rung]) -> Panel:
         mean, p99 = figures["kl/mean"], figures["kl/p99"]
         return Mark(f"{mean:.2g}, 99th percentile {p99:.2g}", place(mean), place(mean), place(p99))
 
-    ticks = [(f"{10.0**power:g}", place(10.0**power)) for power in (-6, -4, -2, 0)]
-    return _panel(found, "KL, nats per token", ("kl/mean", "kl/p99"), mark, ticks=ticks)
+    ticks = [(f"{10.0**power:g}", place(10.0**power)) for power in (-6, -3, 0)]
+    return _panel(found, "Divergence", "mean KL from the trained model, nats", ("kl/mean", "kl/p99"), mark, ticks)
 
 
 def _scores(found: Sequence[Rung], task: str) -> Panel:
-    scores = [rung.scores.get(task) for rung in found]
-    reach = _ceiling(max(abs(end) for score in scores if score for end in (score.low, score.high, 0.05)))
+    """Differences from -1 to 1 by their square roots: those of exports are small, those of the base large."""
 
     def place(value: float) -> float:
-        return 0.5 + value / reach / 2
+        return 0.5 + math.copysign(math.sqrt(min(abs(value), 1.0)), value) / 2
 
-    def mark(score: Difference) -> Mark:
+    def mark(rung: Rung) -> Mark | None:
+        if rung.name == "tuned":
+            return Mark("0, the reference", 0.5, 0.5, 0.5)
+        if task not in rung.scores:
+            return None
+        score = rung.scores[task]
         text = f"{signed(score.delta)} ({signed(score.low)} to {signed(score.high)})"
         return Mark(text, place(score.delta), place(score.low), place(score.high))
 
-    marks = [mark(score) if score else None for score in scores]
-    ticks = [(signed(value), place(value)) for value in (-reach, 0.0, reach)]
-    return Panel(f"{task}, minus tuned", marks, ticks, zero=0.5)
+    name, _, measure = task.rpartition("/")
+    ticks = [(f"{value:+g}".replace("-", "\N{MINUS SIGN}"), place(value)) for value in (-1, -0.1, 0.1, 1)]
+    return Panel(name, f"{measure}, minus tuned", [mark(rung) for rung in found], ticks, zero=0.5)
 
 
 def _ceiling(value: float) -> float:
