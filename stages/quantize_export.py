@@ -8,11 +8,12 @@ metrics/quantize_export.json.
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib import files, records, stage, tracking
+from stages.lib import files, licences, records, stage, tracking
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.data import Data
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
+from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics
 
 BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
@@ -25,14 +26,17 @@ class Params:
     data: Data
     evaluate: Evaluate
     export: Export
+    merge: Merge
     numerics: Numerics
 
 
 def main(p: Params) -> None:
     from stages.lib import chat, held_out
-    from stages.lib.export import card, ladder, manifest, measuring, modelfile, round_trip, writing
+    from stages.lib.export import card, ladder, manifest, measuring, modelfile, round_trip, sbom, writing
     from stages.lib.export.formats.exporter import Trained
 
+    if p.export.sbom:
+        sbom.check()
     tokenizer = chat.load_tokenizer(BASE)
     stop_ids = chat.stop_ids(tokenizer, BASE)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(stop_ids)]
@@ -48,7 +52,9 @@ def main(p: Params) -> None:
         trained = Trained(name, BASE, ADAPTER, MERGED, SPLITS, folder, p.export, p.numerics)
         written, skipped = writing.write_formats(trained, folder)
         asked, told = measuring.ask(written, trained, test, chats, p.export, p.evaluate)
-        found = measuring.measure(written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)
+        found = measuring.measure(
+            written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, m=p.merge, n=p.numerics
+        )
         metrics = told.metrics | found.metrics | measuring.of_merge(merged) | {"export/skipped": len(skipped)}
         rungs = ladder.rungs(metrics)
 
@@ -82,13 +88,17 @@ def main(p: Params) -> None:
                 has_modelfile=pieces is not None,
             ),
         )
-        (folder / "LICENSE.md").write_text(card.license_note(p.base_model, p.data), encoding="utf-8")
+        carried = licences.carry(BASE, folder)
+        (folder / "LICENSE.md").write_text(card.license_note(p.base_model, p.data, carried), encoding="utf-8")
+        by_format = {rung.name: dict(rung.figures) for rung in rungs if rung.name not in ladder.LABELS}
+        if p.export.sbom:
+            sbom.write(folder, name=name, base=source, adapter=ADAPTER, splits=SPLITS, formats=by_format)
         manifest.write(
             folder,
             base=source,
             adapter=ADAPTER,
             splits=SPLITS,
-            formats={rung.name: dict(rung.figures) for rung in rungs if rung.name not in ladder.LABELS},
+            formats=by_format,
             recommended=recommended,
             skipped=skipped,
         )

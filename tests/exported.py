@@ -7,6 +7,7 @@ from pathlib import Path
 from stages.lib import files, records
 from stages.lib.comparison import PREDICTIONS
 from stages.lib.measures import SCORES
+from stages.lib.schema.merge import Base, Combination, Dtype, Merge
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
 
 NUMERICS = Numerics(
@@ -16,6 +17,18 @@ NUMERICS = Numerics(
     device=Device.cpu,
     quantization=Quantization.nf4,
     double_quantization=True,
+)
+MERGE = Merge(
+    base=Base.dequantized,
+    dtype=Dtype.float32,
+    max_kl=1e-3,
+    rows=4,
+    answers=3,
+    adapters={},
+    weight=1.0,
+    combination=Combination.cat,
+    density=0.5,
+    seed=1,
 )
 
 

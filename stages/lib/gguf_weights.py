@@ -50,15 +50,14 @@ def load(reader: GGUFReader, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
     The names and permutations are those of transformers' own GGUF loader. `from_pretrained(gguf_file=...)` reads the
     vocabulary over and over: 14 seconds for the default model instead of 5, for the same weights (a test compares).
 
-    Args: reader: of the file; parsing its head takes seconds, so it is done once for all that is asked of it.
     Raises: ModelError, when weights are missing, or the file describes another architecture than the configuration.
     """
-    architecture = reader.fields["general.architecture"].contents()
+    architecture = architecture_of(reader)
     _check_description(reader, architecture, config)
     with no_init_weights():  # all of them are in the file
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = _names(model, processor)
+    processor = processor_of(model, architecture)
+    names = hugging_face_names(model, architecture)
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         found = processor.process(
@@ -77,11 +76,21 @@ def load(reader: GGUFReader, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
     return model
 
 
-def _names(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+def architecture_of(reader: GGUFReader) -> str:
+    """llama.cpp's name of it."""
+    return str(reader.fields["general.architecture"].contents())
+
+
+def processor_of(model: PreTrainedModel, architecture: str) -> TensorProcessor:
+    """What undoes the converter's reordering of an architecture's weights."""
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def hugging_face_names(model: PreTrainedModel, architecture: str) -> dict[str, str]:
     """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
     key = model.config.to_json_string()
     if key not in _known_names:
-        _known_names[key] = get_gguf_hf_weights_map(model, processor)
+        _known_names[key] = get_gguf_hf_weights_map(model, processor_of(model, architecture))
     return _known_names[key]
 
 

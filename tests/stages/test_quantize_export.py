@@ -42,7 +42,9 @@ def params(**export: Any) -> quantize_export.Params:
         "chats": 5,
         "answers": {"gguf_q8_0": 6},
         "probes": 2,
+        "sbom": False,
         "gguf_pre_tokenizer": "gpt-2",
+        "imatrix_rows": 0,
     }
     shrunk = {"max_new_tokens": 8, "bootstrap_samples": 100, "fewshot": 1}
     return quantize_export.Params(
@@ -131,7 +133,7 @@ def test_the_manifest_names_every_file_and_sees_a_change(exported: Path, tmp_pat
     assert recorded["adapter"]["adapter_model.safetensors"] == files.sha256(
         exported / "models/adapter/adapter_model.safetensors"
     )
-    assert set(recorded["data"]) == {"test.parquet", "train.parquet", "validation.parquet"}
+    assert set(recorded["data"]["files"]) == {"test.parquet", "train.parquet", "validation.parquet"}
     (folder / "README.md").write_text("changed")
     (folder / "more").touch()
     with pytest.raises(DataError, match=r"2 files .* README.md, more"):

@@ -95,11 +95,15 @@ def write(path: Path, f: Facts) -> None:
     path.write_text(str(ModelCard("\n\n".join(parts) + "\n")), encoding="utf-8")
 
 
-def license_note(base: BaseModel, data: Data) -> str:
+def license_note(base: BaseModel, data: Data, carried: Sequence[str]) -> str:
+    """Args: carried: files of the base model's licence beside the note."""
+    beside = f"Its own files lie beside this one: {', '.join(carried)}.\n" if carried else ""
+    notice = f"{base.license_notice}\n" if base.license_notice else ""
     return (
         f"# Licence\n\nThese weights are a modified version of {base.id}, which is licensed {base.license}:\n"
-        f"{base.license_url}\n\nModifications: low-rank adapters were trained and added to the weights, which were "
-        "then converted and quantized.\nPass this note and the licence's own text on with any copy.\n\n"
+        f"{base.license_url}\n{beside}{notice}\n"
+        "Modifications: low-rank adapters were trained and added to the weights, which were then "
+        "converted and quantized.\nPass this note and the licence's own text on with any copy.\n\n"
         f"Data they were trained on: {_data_licence(data)}\n"
     )
 

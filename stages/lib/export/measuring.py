@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from stages.lib import arms, chat, fewshot, fidelity, held_out, models, numerics, records, resident
+from stages.lib import arms, chat, fewshot, fidelity, held_out, merging, models, numerics, records, resident
 from stages.lib.comparison import TUNED
 from stages.lib.errors import GateError
 from stages.lib.export import ladder, round_trip, task_score
@@ -20,6 +20,7 @@ from stages.lib.export.formats.exporter import Request, Session, Size, Trained
 from stages.lib.export.writing import Written
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
+from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics, Quantization
 
 Predictions = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -112,6 +113,7 @@ def measure(
     *,
     p: Export,
     e: Evaluate,
+    m: Merge,
     n: Numerics,
 ) -> Found:
     """Measure base, base with examples, merged model and every format against the trained one: 4-bit base + adapter.
@@ -121,7 +123,7 @@ def measure(
     """
     tokenizer = chat.load_tokenizer(trained.merged)
     ids = [[int(token) for token in held_out.encode(tokenizer, row).input_ids] for row in rows]
-    found, expected, quantized = _reference(trained, tokenizer, rows, ids, asked, predicted, p, e, n)
+    found, expected, quantized = _reference(trained, tokenizer, rows, ids, asked, predicted, p, e, m, n)
 
     merged, peak = resident.peak_mib(lambda: _merged(trained, expected, n))
     close, weights = merged
@@ -148,6 +150,7 @@ def _reference(
     predicted: Predictions,
     p: Export,
     e: Evaluate,
+    m: Merge,
     n: Numerics,
 ) -> tuple[Found, fidelity.Reference, tuple[int, float]]:
     """What one load of 4-bit base and adapter tells: the reference; the base, adapter off; the runtimes' answers.
@@ -158,7 +161,7 @@ def _reference(
 
     def loaded() -> tuple[PeftModel, fidelity.Reference]:
         on_cpu = numerics.resolve(n).device == "cpu"
-        model = models.load_tuned(trained.base, trained.adapter, n, dense=on_cpu)
+        model = merging.trained(trained.base, trained.adapter, m, n, dense=on_cpu)
         return model, fidelity.reference(fidelity.of(model), ids)
 
     (model, expected), peak = resident.peak_mib(loaded)
@@ -331,7 +334,8 @@ def by_arm(rows: Sequence[Mapping[str, Any]]) -> Predictions:
 
 def of_merge(merged: Mapping[str, float]) -> dict[str, float]:
     """The merged model's task scores minus tuned's, as stage merge found them, under the ladder's names."""
-    return {f"ladder/{key.replace('merge/', 'merged/', 1)}": v for key, v in merged.items() if "merge/task/" in key}
+    start = "merge/task/"
+    return {key.replace(start, "ladder/merged/task/"): merged[key] for key in merged if key.startswith(start)}
 
 
 def context(merged: Path) -> int:

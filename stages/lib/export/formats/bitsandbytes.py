@@ -1,4 +1,4 @@
-"""bitsandbytes: weights of four bits, loaded by transformers directly."""
+"""bitsandbytes: weights of four or eight bits, loaded by transformers directly."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,25 +11,45 @@ from stages.lib.export.formats.transformers_folder import TransformersFolder
 from stages.lib.schema.numerics import Quantization
 
 
-class Nf4(TransformersFolder):
-    def __init__(self) -> None:
-        super().__init__("bnb_nf4")
+class BitsAndBytes(TransformersFolder):
+    quantization: Quantization
 
     def write(self, trained: Trained, path: Path) -> None:
         """Quantize while loading, and save before any forward pass: on some CPUs the first one repacks the weights.
 
-        What NF4 leaves alone (embeddings, norms) is saved in the merged model's 16-bit type, whatever this machine
+        What is not quantized (embeddings, norms) is saved in the merged model's 16-bit type, whatever this machine
         computes in: at float32 the embeddings alone would outweigh all 4-bit weights of a small model.
         """
-        model = models.load_base(trained.merged, replace(trained.numerics, quantization=Quantization.nf4))
+        model = models.load_base(trained.merged, replace(trained.numerics, quantization=self.quantization))
         dtype = AutoConfig.from_pretrained(trained.merged, local_files_only=True).dtype
-        for weight in model.parameters():
-            if weight.is_floating_point():
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if weight.is_floating_point() and not name.endswith(".SCB"):
                 weight.data = weight.data.to(dtype)
         model.config.dtype = dtype
         model.config._name_or_path = ""
         model.save_pretrained(path)
         merging.copy_unchanged(trained.merged, path)
+
+
+class Nf4(BitsAndBytes):
+    """On a CPU its 4-bit layers are unpacked to the values they multiply with: the same numbers, many times faster."""
+
+    quantization = Quantization.nf4
+
+    def __init__(self) -> None:
+        super().__init__("bnb_nf4")
+
+    def load(self, path: Path, trained: Trained) -> PreTrainedModel:
+        return models.load_base(path, trained.numerics, dense=True)
+
+
+class Int8(BitsAndBytes):
+    """LLM.int8(): its layers round their inputs, too, so they stay as they are."""
+
+    quantization = Quantization.int8
+
+    def __init__(self) -> None:
+        super().__init__("bnb_int8")
 
     def load(self, path: Path, trained: Trained) -> PreTrainedModel:
         return models.load_base(path, trained.numerics)
