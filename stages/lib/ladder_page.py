@@ -46,9 +46,7 @@ def _missing(
     """What the table has no figure for, in words."""
     gaps = []
     if not any(speeds.values()):
-        gaps.append(
-            "Speeds and memory: neither evaluate nor quantize_export ran on this machine with these parameters."
-        )
+        gaps.append("No speeds and memory: neither evaluate nor quantize_export ran on this machine as it is now.")
     else:
         for what, values in (("speed", speeds), ("memory", memory)):
             if without := [rung.label for rung in found if values[rung.name] is None]:

@@ -155,7 +155,7 @@ def _reference(
 ) -> tuple[Found, fidelity.Reference, tuple[int, float]]:
     """What one load of 4-bit base and adapter tells: the reference; the base, adapter off; the runtimes' answers.
 
-    Returns: figures; the reference; see _quantized_bits.
+    Returns: figures; the reference; see quantized_bits.
     """
     found = Found()
 
@@ -179,7 +179,7 @@ def _reference(
         ids_asked = {question.row["id"] for question in asked_most.questions} if asked_most else set(predicted[TUNED])
         answers = {id: row["answer"] for id, row in predicted[arm].items() if id in ids_asked}
         found.metrics |= _scores(f"ladder/{arm}", answers, predicted[TUNED], e)
-    return found, expected, _quantized_bits(model, n)
+    return found, expected, quantized_bits(model, n)
 
 
 def _answered(told: Asked) -> int:
@@ -218,7 +218,7 @@ def _merged(trained: Trained, expected: fidelity.Reference, n: Numerics) -> tupl
     return fidelity.compare(expected, fidelity.of(model)), sum(weight.numel() for weight in model.parameters())
 
 
-def _quantized_bits(model: PeftModel, n: Numerics) -> tuple[int, float]:
+def quantized_bits(model: PeftModel, n: Numerics) -> tuple[int, float]:
     """Weights that numerics.quantization holds in few bits, and how many bits each takes, scales included."""
     base = model.get_base_model()
     bits = {
@@ -238,7 +238,7 @@ def _quantized_bits(model: PeftModel, n: Numerics) -> tuple[int, float]:
 def _sizes(trained: Trained, quantized: tuple[int, float], weights: int, *, with_examples: bool) -> dict[str, float]:
     """MiB and bits per weight of what is not exported; the base as it is held in memory, not as models/base stores it.
 
-    Args: quantized: see _quantized_bits. weights: of the merged model.
+    Args: quantized: see quantized_bits. weights: of the merged model.
     """
     count, bits = quantized
     base = (count * bits + (weights - count) * BITS_OF_REST) / 8
