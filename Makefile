@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval clean lock
+.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -74,6 +74,9 @@ judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL
 
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)
+
+ladder: env  ## draw what each exported file keeps of the trained model: runs/ladder.html
+	python -m commands.ladder
 
 serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make serve PORT=... ADAPTERS="a=models/adapter b=..."
 	@exec python -m commands.serve $(if $(GGUF),--gguf "$(GGUF)") $(if $(ADAPTERS),--adapters $(ADAPTERS)) \
