@@ -89,4 +89,4 @@ clean:  ## remove what can be made again: DVC's cache of unused outputs, tempora
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra serve pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra sbom --extra serve --extra onnx pyproject.toml -o requirements.lock
