@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env env-vllm repro test test-long test-gpu lint ui plots sync params deps pin export synthesize judge lm-eval clean lock
+.PHONY: help env env-vllm repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -58,6 +58,15 @@ export: env  ## merge and export the chosen experiment: make export EXP=<name>
 	dvc exp apply $(EXP)
 	DVC_EXP_NAME=$(EXP) dvc repro
 
+verify-export: env  ## hold an exported folder to its manifest: make verify-export [DIR=models/export]
+	@python -m commands.verify_export $(if $(DIR),"$(DIR)")
+
+promote: env  ## a copy of the export into MLflow's model registry; champion when it is better: make promote [EXP=<name>]
+	@python -m commands.promote $(if $(EXP),--exp "$(EXP)") $(if $(NAME),--name "$(NAME)") $(if $(TO),--to "$(TO)") $(ARGS)
+
+publish: env  ## what an upload to the Hugging Face hub would send: make publish REPO=owner/name DIR=promoted/... [DRY=0]
+	@python -m commands.publish $(if $(REPO),--repo "$(REPO)") $(if $(DIR),"$(DIR)") $(if $(filter 0,$(DRY)),--upload) $(if $(PUBLIC),--public) $(ARGS)
+
 synthesize: env  ## new rows from given ones: make synthesize SEEDS=... OUT=... MODEL=... N=... URL=...
 	python -m commands.synthesize $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(OUT),--out "$(OUT)") \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(N),--rows "$(N)") $(if $(URL),--url "$(URL)") \
@@ -69,9 +78,19 @@ judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)
 
+ladder: env  ## draw what each exported file keeps of the trained model: runs/ladder.html
+	python -m commands.ladder
+
+serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make serve PORT=... ADAPTERS="a=models/adapter b=..."
+	@exec python -m commands.serve $(if $(GGUF),--gguf "$(GGUF)") $(if $(ADAPTERS),--adapters $(ADAPTERS)) \
+		$(if $(PORT),--port "$(PORT)") $(ARGS)
+
+chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
+	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
+
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra onnx pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra sbom --extra serve --extra onnx pyproject.toml -o requirements.lock
 	printf 'llmcompressor==0.14.0.1\ntorch==2.13.0\n' | uv pip compile -q --no-header --no-annotate --python-version 3.11 - -o requirements-llmcompressor.lock

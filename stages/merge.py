@@ -1,52 +1,75 @@
-"""Stage merge: merge the adapter into the base and measure the result against the quantized base + adapter.
+"""Stage merge: merge the adapter into the base, and measure the result against base + adapter, quantized and not.
 
-Reads models/base, models/adapter, data/splits; writes models/merged and metrics/merge.json.
+Reads models/base, models/adapter, the folders of merge.adapters, data/splits, reports/evaluation; writes models/merged
+and metrics/merge.json. One model at a time is in memory.
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.lib import files, stage, tracking
-from stages.lib.errors import GateError, ModelError
+from stages.lib.errors import GateError
+from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.merge import Merge
-from stages.lib.schema.numerics import Numerics
+from stages.lib.schema.numerics import Numerics, Quantization
 
 BASE, ADAPTER, MERGED = Path("models/base"), Path("models/adapter"), Path("models/merged")
 
 
 @dataclass
 class Params:
+    evaluate: Evaluate
     merge: Merge
     numerics: Numerics
 
 
 def main(p: Params) -> None:
-    from stages.lib import fidelity, held_out, merging, models
+    from stages.lib import beside, chat, merging, models, numerics
+    from stages.lib.comparison import TUNED
 
-    merging.check_mergeable(ADAPTER)
-    rows = held_out.conversations(Path("data/splits"), models.load_tokenizer(BASE), p.merge.rows)
-    tuned = models.load_tuned(BASE, ADAPTER, p.numerics)
-    expected = fidelity.reference(fidelity.of(tuned), rows)
-    del tuned
-    gc.collect()
+    merging.check(ADAPTER, p.merge)
+    tokenizer = chat.load_tokenizer(BASE)
+    asked = beside.ask(
+        Path("data/splits"),
+        tokenizer,
+        chat.stop_ids(tokenizer, BASE),
+        p.evaluate,
+        rows=p.merge.rows,
+        answers=p.merge.answers,
+    )
+    predictions = files.read_rows(Path("reports/evaluation/predictions.parquet"))
+    is_evaluated = not p.merge.adapters  # where they are several, evaluate knew one of them
+    answered = {
+        row["id"]: row["answer"]
+        for row in predictions
+        if is_evaluated and row["arm"] == TUNED and row["stops"] is not None  # written, not chosen among labels
+    }
+    dense = numerics.resolve(p.numerics).device == "cpu"
+    in_16_bit = replace(p.numerics, quantization=Quantization.none)
+    expected = {}
+    for name, n, known in (("merge", p.numerics, answered), ("merge/16bit", in_16_bit, {})):
+        tuned = merging.trained(BASE, ADAPTER, p.merge, n, dense=dense)
+        expected[name] = beside.see(asked, tuned, known)
+        del tuned
+        gc.collect()
 
     with files.replacing(MERGED) as folder:
-        merging.save(merging.merge(BASE, ADAPTER, p.merge.base, p.numerics), BASE, folder, p.merge.dtype)
+        merging.save(merging.merge(BASE, ADAPTER, p.merge, p.numerics), BASE, folder)
         gc.collect()
-        if merging.is_equal(folder, BASE):
-            raise ModelError(f"{MERGED}: weights equal those of {BASE}, expected the adapter's change in them.")
-        merged = fidelity.compare(expected, fidelity.of(models.load_dense(folder, p.numerics)))
+        found = beside.see(asked, models.load_dense(folder, p.numerics))
+        merged = beside.closeness(expected["merge"], found)
         if not merged.kl_mean <= p.merge.max_kl:
             raise GateError(
                 f"{MERGED}: mean KL to 4-bit base + adapter is {merged.kl_mean:.3g} nats per token over "
                 f"{merged.tokens} held-out tokens, expected at most {p.merge.max_kl:g}. "
                 "Choose merge.base=dequantized or merge.dtype=float32, or accept the difference with merge.max_kl."
             )
-    tracking.report(
-        "merge",
-        merged.metrics("merge") | {"merge/tokens": merged.tokens, "merge/mib": merging.weights_mib(MERGED)},
-    )
+    metrics = {"merge/tokens": merged.tokens, "merge/mib": merging.weights_mib(MERGED)}
+    for name, seen in expected.items():
+        metrics |= beside.closeness(seen, found).metrics(name)
+        metrics |= {f"{name}/{key}": value for key, value in beside.task_metrics(asked, seen, found).items()}
+    tracking.report("merge", metrics)
 
 
 if __name__ == "__main__":

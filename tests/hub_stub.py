@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,12 +13,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """What the stub serves: `files[kind/id][name]`; `refused[kind/id]` is a status, and an error code of the hub's."""
+    """What the stub serves: `files[kind/id][name]`; `refused[kind/id]` is a status, and an error code of the hub's.
+
+    private: the models nobody else sees. commits: their messages. A file is taken as the hub takes one: small ones in
+    the commit, GGUF and safetensors by git-lfs before it.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, bytes]] = {}
         self.refused: dict[str, tuple[int, str]] = {}
         self.tokens: set[str] = set()
+        self.private: set[str] = set()
+        self.commits: list[str] = []
+        self.large: dict[str, bytes] = {}  # by sha256
         self.address = ""
 
 
@@ -44,6 +52,8 @@ def serving() -> Iterator[Hub]:
             if rest[1:2] and rest[1] not in (COMMIT, "main"):
                 return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
             files = hub.files[key]
+            if rest[:1] == ["resolve"] and "/".join(rest[2:]) not in files:
+                return self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
             if rest[:1] == ["resolve"]:
                 content = files["/".join(rest[2:])]
                 return self.answer(
@@ -57,7 +67,7 @@ def serving() -> Iterator[Hub]:
                 "id": id,
                 "sha": COMMIT,
                 "siblings": siblings,
-                "private": False,
+                "private": key in hub.private,
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
@@ -66,12 +76,62 @@ def serving() -> Iterator[Hub]:
 
         do_HEAD = do_GET
 
+        def do_POST(self) -> None:
+            hub.tokens.add(self.headers.get("Authorization", ""))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+            if parts == ["api", "repos", "create"]:
+                asked = json.loads(body)
+                key = f"models/{asked['organization']}/{asked['name']}"
+                is_new = key not in hub.files
+                if is_new and asked["visibility"] == "private":
+                    hub.private.add(key)
+                hub.files.setdefault(key, {})
+                return self.tell({"url": f"{hub.address}/{key.removeprefix('models/')}"}, 200 if is_new else 409)
+            if parts == ["api", "validate-yaml"]:
+                return self.tell({"warnings": [], "errors": []})
+            if parts[-1] == "batch":
+                upload = [
+                    {**one, "actions": {"upload": {"href": f"{hub.address}/large/{one['oid']}"}}}
+                    for one in json.loads(body)["objects"]
+                ]
+                return self.tell({"objects": upload})
+            key = "/".join(parts[1:4])
+            if key in hub.refused:
+                return self.tell({"error": "refused"}, hub.refused[key][0])
+            if parts[4] == "preupload":
+                names = [one["path"] for one in json.loads(body)["files"]]
+                kinds = ["lfs" if name.endswith((".gguf", ".safetensors")) else "regular" for name in names]
+                found = [
+                    {"path": name, "uploadMode": kind, "shouldIgnore": False}
+                    for name, kind in zip(names, kinds, strict=True)
+                ]
+                return self.tell({"files": found})
+            for line in map(json.loads, body.splitlines()):
+                held, value = hub.files[key], line["value"]
+                if line["key"] == "header":
+                    hub.commits.append(value["summary"])
+                elif line["key"] == "deletedFile":
+                    del held[value["path"]]
+                else:
+                    is_large = line["key"] == "lfsFile"
+                    held[value["path"]] = hub.large[value["oid"]] if is_large else b64decode(value["content"])
+            return self.tell({"commitUrl": f"{hub.address}/{key}/commit/{COMMIT}", "commitOid": COMMIT})
+
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.large[hashlib.sha256(content).hexdigest()] = content
+            self.answer(b"", 200, {})
+
+        def tell(self, value: dict[str, object], status: int = 200) -> None:
+            self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
+
         def answer(self, content: bytes, status: int, headers: dict[str, str]) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(content)
 
         def log_message(self, format: str, *arguments: object) -> None:

@@ -36,7 +36,7 @@ from stages.lib.schema.lora import FROM_WEIGHTS, LOW_RANK, VIRTUAL, AlphaMode, L
 
 QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 NAME = "default"
-"""PEFT's name of the adapter; there is one."""
+"""PEFT's name of the adapter, where there is one."""
 
 
 def add_adapter(base: PreTrainedModel, p: Lora) -> PeftModel:
@@ -290,13 +290,13 @@ def virtual_tokens(model: nn.Module) -> int:
     return cast(int, model.active_peft_config.num_virtual_tokens)
 
 
-def keep_types(model: PeftModel) -> None:
+def keep_types(model: PeftModel, name: str = NAME) -> None:
     """Let modules that are trained whole compute in the type of their weights, inside a base that has another one."""
     for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper):
+        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
             outside = next(wrapper.original_module.parameters()).dtype
-            wrapper.modules_to_save[NAME].register_forward_pre_hook(_into_own_type)
-            wrapper.modules_to_save[NAME].register_forward_hook(_out_of_own_type(outside))
+            wrapper.modules_to_save[name].register_forward_pre_hook(_into_own_type)
+            wrapper.modules_to_save[name].register_forward_hook(_out_of_own_type(outside))
 
 
 def _into_own_type(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

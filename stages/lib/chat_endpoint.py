@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Endpoint:
             if response.status_code not in BUSY or wait_s is None:
                 break
             time.sleep(wait_s)
-        text = response.text.replace(self._key, "<key>") if self._key else response.text
+        text = self._without_key(response.text)
         try:
             found = json.loads(text)
             is_completion = isinstance(found["choices"][0]["message"], dict)
@@ -65,6 +66,31 @@ class Endpoint:
             )
         return dict(found)
 
+    def stream(self, body: dict[str, Any]) -> Generator[str]:
+        """The endpoint's answer in pieces, as they are written. To close the iterator ends the request.
+
+        Raises: ExternalError, when nobody answers, or when it refuses, in its words.
+        """
+        try:
+            with self._client.stream("POST", self._url, json={**body, "stream": True}) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise ExternalError(f"{self.name}: {_reason(self._without_key(response.text))}")
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ExternalError(f"{self.name}: {event['error']['message']}")
+                    for choice in event["choices"]:
+                        if piece := choice["delta"].get("content"):
+                            yield piece
+        except httpx2.HTTPError as fault:
+            raise ExternalError(f"{self.name}: no answer ({type(fault).__name__}). Check that it runs.") from None
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "<key>") if self._key else text
+
 
 def opened(url: str | None, gguf: Path | None, timeout_s: float, stack: ExitStack) -> Endpoint | None:
     """The endpoint at an address, or a model file served on this machine until the stack closes; None for neither."""
@@ -73,6 +99,14 @@ def opened(url: str | None, gguf: Path | None, timeout_s: float, stack: ExitStac
             raise DataError(f"{gguf}: not found, expected a GGUF file. Change --gguf.")
         return Endpoint(stack.enter_context(local_endpoint.serving(gguf)), timeout_s, stack)
     return Endpoint(url, timeout_s, stack) if url else None
+
+
+def _reason(text: str) -> str:
+    """What an error of OpenAI's shape says, or the text itself."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return text[:200]
 
 
 def _bare(url: str) -> str:

@@ -81,6 +81,26 @@ def log_probs(model: PreTrainedModel, row: Sequence[int], start: int) -> torch.T
     return logits.float().log_softmax(dim=-1).cpu()
 
 
+def behind(model: PreTrainedModel, longer: Sequence[Sequence[int]]) -> LogProbs:
+    """A model that reads each row at the end of a longer text: examples first.
+
+    Args: longer: for each row of the reference, in order, token ids that end as the row does.
+    """
+    waiting = iter(longer)
+
+    def found(row: Sequence[int], start: int) -> torch.Tensor:
+        text = next(waiting)
+        return log_probs(model, text, len(text) - (len(row) - start))
+
+    return found
+
+
+def itself(expected: Reference) -> Fidelity:
+    """The reference against itself: no divergence, its own perplexity."""
+    kept = iter(expected.log_probs)
+    return compare(expected, lambda row, start: next(kept))
+
+
 def compare(expected: Reference, model: LogProbs) -> Fidelity:
     """Measure `model` on the reference's tokens."""
     kl, same, nll, reference_nll = [], [], [], []

@@ -1,5 +1,11 @@
 """The weights of a GGUF file in a transformers model, dequantized."""
 
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -14,21 +20,45 @@ from transformers.modeling_gguf_pytorch_utils import (
 from stages.lib.errors import ModelError
 
 
+class Reader(GGUFReader):  # type: ignore[misc]  # gguf brings no types
+    """gguf's reader, four times as fast: a slice of a memory map costs more than all else it does, once per token."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        order = self.byte_order if override_order is None else override_order
+        return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+
+def read(file: Path) -> Reader:
+    """The head of a GGUF file and its tensors, parsed once for all that is asked of it.
+
+    Raises: ModelError, when it is no whole GGUF file.
+    """
+    stat = file.stat()
+    return _read(file.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, changed: int, size: int) -> Reader:
+    try:
+        return Reader(file)
+    except (ValueError, IndexError, KeyError) as fault:
+        raise ModelError(f"{file.name}: cannot be read as a GGUF file: {fault}. Export it again.") from fault
+
+
 def load(reader: GGUFReader, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The file's weights, dequantized, in a transformers model of that configuration.
 
     The names and permutations are those of transformers' own GGUF loader. `from_pretrained(gguf_file=...)` reads the
     vocabulary over and over: 14 seconds for the default model instead of 5, for the same weights (a test compares).
 
-    Args: reader: of the file; parsing its head takes seconds, so it is done once for all that is asked of it.
     Raises: ModelError, when weights are missing, or the file describes another architecture than the configuration.
     """
-    architecture = reader.fields["general.architecture"].contents()
+    architecture = architecture_of(reader)
     _check_description(reader, architecture, config)
     with no_init_weights():  # all of them are in the file
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = _names(model, processor)
+    processor = processor_of(model, architecture)
+    names = hugging_face_names(model, architecture)
     weights: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
         found = processor.process(
@@ -47,15 +77,35 @@ def load(reader: GGUFReader, config: PreTrainedConfig, dtype: torch.dtype) -> Pr
     return model
 
 
-def _names(model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
-    """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
-    key = model.config.to_json_string()
-    if key not in _known_names:
-        _known_names[key] = get_gguf_hf_weights_map(model, processor)
-    return _known_names[key]
+def architecture_of(reader: GGUFReader) -> str:
+    """llama.cpp's name of it."""
+    return str(reader.fields["general.architecture"].contents())
 
 
-_known_names: dict[str, dict[str, str]] = {}
+def processor_of(model: PreTrainedModel, architecture: str) -> TensorProcessor:
+    """What undoes the converter's reordering of an architecture's weights."""
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+
+
+def hugging_face_names(model: PreTrainedModel, architecture: str) -> dict[str, str]:
+    """GGUF's name of each weight -> transformers' name.
+
+    transformers walks down the modules and lists the architecture's names anew in each, which takes seconds; the names
+    from the top alone are the same wherever they name every weight.
+    Raises: ModelError, when transformers knows no GGUF of this architecture.
+    """
+    processor = processor_of(model, architecture)
+    top = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    try:
+        names: dict[str, str] = get_gguf_hf_weights_map(top, processor)
+        if model.state_dict().keys() - names.values():
+            names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as fault:
+        raise ModelError(
+            f"{architecture}: transformers cannot load a GGUF file of it to measure it: {fault}. "
+            "Leave the gguf formats out of export.formats."
+        ) from fault
+    return names
 
 
 def _check_description(reader: GGUFReader, architecture: str, config: object) -> None:

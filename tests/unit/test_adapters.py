@@ -27,9 +27,9 @@ from commands.params import FAULTS, composed
 from stages.lib import adapters, chat, files, generation, loss, merging, models, numerics, scoring
 from stages.lib.errors import ConfigError
 from stages.lib.schema.lora import FROM_WEIGHTS, VIRTUAL, AlphaMode, Lora, Method, check_together
-from stages.lib.schema.merge import Base, Dtype
 from stages.lib.schema.numerics import ComputeDtype, Determinism, Device, Numerics, Quantization
 from tests.conftest import ROOT
+from tests.exported import MERGE
 
 NF4 = Numerics(Determinism.strict, ComputeDtype.float32, ComputeDtype.float32, Device.cpu, Quantization.nf4, True)
 PLAIN = replace(NF4, quantization=Quantization.none)
@@ -213,9 +213,9 @@ def comes_back(base: Path, folder: Path, p: Lora, n: Numerics) -> None:
     torch.testing.assert_close(logits(models.load_tuned(base, folder, n)), logits(model), rtol=0, atol=1e-5)
     if p.method in VIRTUAL:
         with pytest.raises(ConfigError, match=r"lora\.method: .* cannot be merged.*serve models/base"):
-            merging.merge(base, folder, Base.dequantized, n)
+            merging.merge(base, folder, MERGE, n)
         return
-    merged = merging.merge(base, folder, Base.dequantized, n)
+    merged = merging.merge(base, folder, MERGE, n)
     assert not [name for name, _ in merged.named_modules() if "lora" in name or "modules_to_save" in name]
     close = 0.05 if n.quantization is Quantization.int8 else 1e-5  # 8-bit layers round their inputs, merged ones do not
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=close)
@@ -300,9 +300,7 @@ def test_embeddings_trained_whole_come_back_and_merge_tied_as_they_were(
     model = tuned(adapters.add_adapter(models.load_base(base, NF4), recipe(Method.lora, modules_to_save=names)))
     adapters.save(model, tmp_path / "adapter")
     torch.testing.assert_close(logits(models.load_tuned(base, tmp_path / "adapter", NF4)), logits(model))
-    merging.save(
-        merging.merge(base, tmp_path / "adapter", Base.dequantized, NF4), base, tmp_path / "merged", Dtype.float32
-    )
+    merging.save(merging.merge(base, tmp_path / "adapter", MERGE, NF4), base, tmp_path / "merged")
     torch.testing.assert_close(logits(models.load_dense(tmp_path / "merged", NF4)), logits(model), rtol=0, atol=1e-5)
     assert files.read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] == is_tied
 
@@ -334,8 +332,7 @@ def test_new_tokens_get_a_place_learn_come_back_and_merge(tiny_model_dir: Path, 
     with torch.no_grad():
         expected = model(input_ids=new).logits
         torch.testing.assert_close(models.load_tuned(base, tmp_path / "adapter", NF4)(input_ids=new).logits, expected)
-        merged = merging.merge(base, tmp_path / "adapter", Base.dequantized, NF4)
-        merging.save(merged, base, tmp_path / "merged", Dtype.float32)
+        merging.save(merging.merge(base, tmp_path / "adapter", MERGE, NF4), base, tmp_path / "merged")
         loaded = models.load_dense(tmp_path / "merged", NF4)
         torch.testing.assert_close(loaded(input_ids=new).logits, expected, rtol=0, atol=1e-5)
 

@@ -1,17 +1,28 @@
 """conf/base_model: the pretrained model that is fine-tuned."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from stages.lib.errors import check_values
 
 COMMIT = r"[0-9a-f]{40}"
+PINNED = r"[A-Za-z0-9._-]+==[^=<>*]+"
+SHA256 = r"[0-9a-f]{64}"
 
 
 class Source(StrEnum):
     package = "package"
     hub = "hub"
+
+
+@dataclass
+class Part:
+    """A file of a registry package, as the registry is held to it."""
+
+    package: str  # name==version
+    file: str  # path inside the package
+    sha256: str
 
 
 @dataclass
@@ -24,6 +35,9 @@ class BaseModel:
     package_sha256: str | None
     license: str
     license_url: str
+    package_parts: list[Part] = field(default_factory=list)  # pieces of the file, in order, where it comes in several
+    license_file: str | None = None  # the licence's own text inside the package, laid beside the weights
+    license_notice: str | None = None  # what the licence wants every copy to say, in a file NOTICE
 
     def __post_init__(self) -> None:
         if self.source is Source.hub:
@@ -42,7 +56,7 @@ class BaseModel:
                 (
                     "base_model.package",
                     self.package,
-                    bool(re.fullmatch(r"[A-Za-z0-9._-]+==[^=<>*]+", self.package or "")),
+                    bool(re.fullmatch(PINNED, self.package or "")),
                     "a pinned package of the registry, name==version",
                 ),
                 (
@@ -54,8 +68,17 @@ class BaseModel:
                 (
                     "base_model.package_sha256",
                     self.package_sha256,
-                    bool(re.fullmatch(r"[0-9a-f]{64}", self.package_sha256 or "")),
+                    bool(re.fullmatch(SHA256, self.package_sha256 or "")),
                     "the sha256 of that file, 64 hex digits",
+                ),
+                *(
+                    (
+                        f"base_model.package_parts[{i}]",
+                        vars(part),
+                        bool(re.fullmatch(PINNED, part.package) and part.file and re.fullmatch(SHA256, part.sha256)),
+                        "package: name==version, file: its path inside, sha256: 64 hex digits",
+                    )
+                    for i, part in enumerate(self.package_parts)
                 ),
             )
 
@@ -64,9 +87,9 @@ class BaseModel:
         assert self.revision is not None
         return self.revision
 
-    def pinned_package(self) -> tuple[str, str, str]:
-        """(name==version, file inside it, sha256 of the file)."""
+    def pinned_package(self) -> Part:
+        """The package and the file that is made of it."""
         assert self.package is not None
         assert self.package_file is not None
         assert self.package_sha256 is not None
-        return self.package, self.package_file, self.package_sha256
+        return Part(self.package, self.package_file, self.package_sha256)

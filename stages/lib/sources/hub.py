@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from stages.lib import files
+from stages.lib import files, licences
 from stages.lib.errors import ConfigError, ExternalError, ModelError
 from stages.lib.sources import places
 
@@ -34,9 +34,7 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "model.safetensors.index.json",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
+    *licences.FILES,
 )
 """What a model folder needs beside its weights; no code, no other framework's copy of the weights."""
 

@@ -14,9 +14,10 @@ SLOTS = 8  # prompts in flight; part of the arithmetic (batches), hence the same
 TOP_K = 10
 
 
-def ask(file: Path, request: Request) -> Session:
+def ask(file: Path, request: Request, *, lora: Path | None = None) -> Session:
     """Continue prompts greedily and render chats, in a process of its own.
 
+    Args: lora: an adapter laid over the file's weights.
     Raises: ExternalError, when llama.cpp does not load the file, crashes or answers otherwise than asked.
     """
     prompts = request.prompts
@@ -28,11 +29,14 @@ def ask(file: Path, request: Request) -> Session:
         "slots": min(SLOTS, len(prompts)),
         "context": max(map(len, prompts)) + request.max_new_tokens + 8,
         "threads": torch.get_num_threads(),
+        "lora": str(lora.resolve()) if lora else None,
     }
     with tempfile.TemporaryDirectory() as scratch:
         asked, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         asked.write_text(json.dumps(asking), encoding="utf-8")
-        apart.run(f"llama.cpp with {file.name}", llama_server.__name__, str(file.resolve()), str(asked), str(reply))
+        apart.run(
+            f"llama.cpp with {(lora or file).name}", llama_server.__name__, str(file.resolve()), str(asked), str(reply)
+        )
         found = json.loads(reply.read_text(encoding="utf-8"))
     if len(found["answers"]) != len(prompts):
         raise ExternalError(f"{file.name}: llama.cpp gave {len(found['answers'])} answers to {len(prompts)} prompts.")

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from stages.lib import chat, fidelity, generation
 from stages.lib.export.formats.exporter import Answer, Exporter, Request, Session, Size, Trained
 
+LINES = 64  # prompts in a batch: more only take memory
+
 
 class TransformersFolder(Exporter):
     """What all of them share; a format writes itself and says how it is loaded."""
@@ -44,7 +46,7 @@ class TransformersFolder(Exporter):
             request.prompts,
             stop_ids=request.stop_ids,
             max_new_tokens=request.max_new_tokens,
-            batch_size=len(request.prompts),
+            batch_size=LINES,
         )
         return Session(
             rendered,

@@ -1,0 +1,1 @@
+"""`make serve`: models behind OpenAI's routes, on this machine."""
