@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,8 @@ def test_a_format_that_cannot_be_written_here_is_named_with_the_reason(
 ) -> None:
     exporter = EXPORTERS[Format.bnb_nf4]
     monkeypatch.setattr(exporter, "absent", lambda: "no bitsandbytes: type make env", raising=False)
-    trained.export.formats[:] = [Format.bnb_nf4]
-    assert writing.write_formats(trained, tmp_path / "new") == ([], {"bnb_nf4": "no bitsandbytes: type make env"})
+    only = replace(trained, export=params(formats=[Format.bnb_nf4]).export)
+    assert writing.write_formats(only, tmp_path / "new") == ([], {"bnb_nf4": "no bitsandbytes: type make env"})
 
 
 def test_sizes_count_quantized_layers_at_their_bits_and_the_rest_at_sixteen(trained: Trained) -> None:

@@ -46,7 +46,7 @@ def test_a_runtime_that_does_as_training_did_passes(expected: round_trip.Expecte
         "chats": len(expected.chats),
         "bos": 4,
         "control_text": 1,
-    }  # the tiny tokenizer's BOS opens every turn
+    }
 
 
 def test_another_rendering_breaks_the_gate_at_its_first_character(expected: round_trip.Expected) -> None:
