@@ -284,7 +284,7 @@ def test_an_architecture_the_converter_does_not_know_is_one_message(trained: Tra
 def test_a_full_disk_is_said_whatever_a_library_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(words: str) -> None:
         (tmp_path / "full.py").write_text(f"import sys\nsys.exit({words!r})\n")
-        apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", PYTHONPATH=str(tmp_path))
+        apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", environment={"PYTHONPATH": str(tmp_path)})
 
     with pytest.raises(ExternalError, match="failed with code 1"):
         fail("RuntimeError: failed with code 1")

@@ -220,14 +220,14 @@ def test_a_runtime_that_crashes_is_one_message(tmp_path: Path) -> None:
 def test_a_crash_is_told_apart_from_an_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "crash.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     with pytest.raises(ExternalError, match="trying it: the process was ended by signal 11"):
-        apart.run("trying it", "crash", PYTHONPATH=str(tmp_path))
+        apart.run("trying it", "crash", environment={"PYTHONPATH": str(tmp_path)})
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hang.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(apart, "PATIENCE_S", 1)
     with pytest.raises(ExternalError, match="trying it: no end after 1 s"):
-        apart.run("trying it", "hang", PYTHONPATH=str(tmp_path))
+        apart.run("trying it", "hang", environment={"PYTHONPATH": str(tmp_path)})
 
 
 @pytest.mark.slow

@@ -58,8 +58,7 @@ class Compressed(Exporter):
                     compress.__name__,
                     *arguments,
                     python=str(python()),
-                    **variables(),
-                    OMP_NUM_THREADS="1",
+                    environment=variables() | {"OMP_NUM_THREADS": "1"},
                 )
             except ExternalError as fault:
                 if "no group of" in str(fault):
@@ -81,11 +80,13 @@ class Compressed(Exporter):
         return Size(round(everything / 2**20, 2), round(stored * 8 / weights, 3))
 
     def log_probs(self, path: Path, trained: Trained) -> fidelity.LogProbs:
-        return elsewhere.Model(path, compressed_runtime.__name__, python=str(python()), **variables())
+        return elsewhere.Model(path, compressed_runtime.__name__, python=str(python()), environment=variables())
 
     def ask(self, path: Path, request: Request, trained: Trained) -> Session:
         where = "transformers with compressed-tensors"
-        return elsewhere.ask(where, compressed_runtime.__name__, path, request, python=str(python()), **variables())
+        return elsewhere.ask(
+            where, compressed_runtime.__name__, path, request, python=str(python()), environment=variables()
+        )
 
 
 def python() -> Path:

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,11 +19,19 @@ from stages.lib.export.formats.exporter import Answer, Request, Session
 
 
 def ask(
-    runtime: str, module: str, path: Path, request: Request, *, python: str = sys.executable, **environment: str
+    runtime: str,
+    module: str,
+    path: Path,
+    request: Request,
+    *,
+    more: Mapping[str, Any] | None = None,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
 ) -> Session:
     """What `python -m <module> <path> <request.json> <reply.json>` replies.
 
-    Args: runtime: its name, for messages. python: of the environment the runtime is installed in.
+    Args: runtime: its name, for messages. more: what this runtime is told beside the request. python: of the
+        environment the runtime is installed in. environment: variables to set.
     Raises: ExternalError, when it does not load the format, crashes, or does not answer every prompt.
     """
     asking = {
@@ -32,12 +40,12 @@ def ask(
         "stop_ids": sorted(request.stop_ids),
         "max_new_tokens": request.max_new_tokens,
         "threads": torch.get_num_threads(),
-    }
+    } | dict(more or {})
     with tempfile.TemporaryDirectory() as scratch:
         asked, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         asked.write_text(json.dumps(asking), encoding="utf-8")
         what = f"{runtime} with {path.name}"
-        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, **environment)
+        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, environment=environment)
         found = json.loads(reply.read_text(encoding="utf-8"))
     if len(found["answers"]) != len(request.prompts):
         raise ExternalError(f"{what}: {len(found['answers'])} answers came to {len(request.prompts)} prompts.")
@@ -60,7 +68,7 @@ class Model:
     Its module is run as `python -m <module> <path> <file.npy>`, gets one JSON object a line, and answers `done`.
     """
 
-    def __init__(self, path: Path, module: str, *, python: str, **environment: str) -> None:
+    def __init__(self, path: Path, module: str, *, python: str, environment: Mapping[str, str] | None = None) -> None:
         self.path = path
         scratch = tempfile.TemporaryDirectory()
         self.file = Path(scratch.name) / "log_probs.npy"
@@ -69,7 +77,7 @@ class Model:
             self.process = subprocess.Popen(
                 [python, "-m", module, str(path.resolve()), str(self.file)],
                 cwd=apart.CODE,
-                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())} | dict(environment or {}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,

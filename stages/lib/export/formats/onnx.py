@@ -44,8 +44,7 @@ class Int4(Exporter):
                     BUILDER,
                     *where,
                     *("-p", "int4", "-e", "cpu", "--extra_options", *OPTIONS),
-                    HF_HUB_OFFLINE="1",
-                    OMP_NUM_THREADS=str(torch.get_num_threads()),
+                    environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
                 )
             except ExternalError as fault:
                 if "not currently supported" not in str(fault):
