@@ -18,9 +18,7 @@ from stages.lib.errors import ExternalError, ModelError
 from stages.lib.export.formats.exporter import Answer, Request, Session
 
 
-def ask(
-    runtime: str, module: str, path: Path, request: Request, *, python: str = sys.executable, **environment: str
-) -> Session:
+def ask(runtime: str, module: str, path: Path, request: Request, *, python: str = sys.executable) -> Session:
     """What `python -m <module> <path> <request.json> <reply.json>` replies.
 
     Args: runtime: its name, for messages. python: of the environment the runtime is installed in.
@@ -37,7 +35,7 @@ def ask(
         asked, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         asked.write_text(json.dumps(asking), encoding="utf-8")
         what = f"{runtime} with {path.name}"
-        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, **environment)
+        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, PIPELINE_ENV=prefix(python))
         found = json.loads(reply.read_text(encoding="utf-8"))
     if len(found["answers"]) != len(request.prompts):
         raise ExternalError(f"{what}: {len(found['answers'])} answers came to {len(request.prompts)} prompts.")
@@ -53,6 +51,11 @@ def ask(
     return Session(found["rendered"], found["tokens"], answers, found["seconds"], found["peak_mib"])
 
 
+def prefix(python: str) -> str:
+    """The environment a python belongs to."""
+    return str(Path(python).parents[1])
+
+
 class Model:
     """A model in a process of its own, as stages.lib.fidelity sees models: called with a row, it gives
     log-probabilities. The process ends with this object.
@@ -60,7 +63,7 @@ class Model:
     Its module is run as `python -m <module> <path> <file.npy>`, gets one JSON object a line, and answers `done`.
     """
 
-    def __init__(self, path: Path, module: str, *, python: str, **environment: str) -> None:
+    def __init__(self, path: Path, module: str, *, python: str) -> None:
         self.path = path
         scratch = tempfile.TemporaryDirectory()
         self.file = Path(scratch.name) / "log_probs.npy"
@@ -69,7 +72,7 @@ class Model:
             self.process = subprocess.Popen(
                 [python, "-m", module, str(path.resolve()), str(self.file)],
                 cwd=apart.CODE,
-                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PIPELINE_ENV": prefix(python)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
