@@ -58,7 +58,7 @@ class Compressed(Exporter):
                     compress.__name__,
                     *arguments,
                     python=str(python()),
-                    environment=variables() | {"OMP_NUM_THREADS": "1"},
+                    environment={"PIPELINE_ENV": elsewhere.prefix(str(python())), "OMP_NUM_THREADS": "1"},
                 )
             except ExternalError as fault:
                 if "no group of" in str(fault):
@@ -80,22 +80,15 @@ class Compressed(Exporter):
         return Size(round(everything / 2**20, 2), round(stored * 8 / weights, 3))
 
     def log_probs(self, path: Path, trained: Trained) -> fidelity.LogProbs:
-        return elsewhere.Model(path, compressed_runtime.__name__, python=str(python()), environment=variables())
+        return elsewhere.Model(path, compressed_runtime.__name__, python=str(python()))
 
     def ask(self, path: Path, request: Request, trained: Trained) -> Session:
         where = "transformers with compressed-tensors"
-        return elsewhere.ask(
-            where, compressed_runtime.__name__, path, request, python=str(python()), environment=variables()
-        )
+        return elsewhere.ask(where, compressed_runtime.__name__, path, request, python=str(python()))
 
 
 def python() -> Path:
     return environment.root() / ENVIRONMENT / "bin" / "python"
-
-
-def variables() -> dict[str, str]:
-    """Which environment the process is to find itself in; what it needs is on this machine."""
-    return {"PIPELINE_ENV": str(environment.root() / ENVIRONMENT), "HF_HUB_OFFLINE": "1"}
 
 
 def calibration(trained: Trained) -> list[list[int]]:

@@ -26,12 +26,11 @@ def ask(
     *,
     more: Mapping[str, Any] | None = None,
     python: str = sys.executable,
-    environment: Mapping[str, str] | None = None,
 ) -> Session:
     """What `python -m <module> <path> <request.json> <reply.json>` replies.
 
     Args: runtime: its name, for messages. more: what this runtime is told beside the request. python: of the
-        environment the runtime is installed in. environment: variables to set.
+        environment the runtime is installed in.
     Raises: ExternalError, when it does not load the format, crashes, or does not answer every prompt.
     """
     asking = {
@@ -45,7 +44,8 @@ def ask(
         asked, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         asked.write_text(json.dumps(asking), encoding="utf-8")
         what = f"{runtime} with {path.name}"
-        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, environment=environment)
+        place = {"PIPELINE_ENV": prefix(python)}
+        apart.run(what, module, str(path.resolve()), str(asked), str(reply), python=python, environment=place)
         found = json.loads(reply.read_text(encoding="utf-8"))
     if len(found["answers"]) != len(request.prompts):
         raise ExternalError(f"{what}: {len(found['answers'])} answers came to {len(request.prompts)} prompts.")
@@ -61,6 +61,11 @@ def ask(
     return Session(found["rendered"], found["tokens"], answers, found["seconds"], found["peak_mib"])
 
 
+def prefix(python: str) -> str:
+    """The environment a python belongs to."""
+    return str(Path(python).parents[1])
+
+
 class Model:
     """A model in a process of its own, as stages.lib.fidelity sees models: called with a row, it gives
     log-probabilities. The process ends with this object.
@@ -68,7 +73,7 @@ class Model:
     Its module is run as `python -m <module> <path> <file.npy>`, gets one JSON object a line, and answers `done`.
     """
 
-    def __init__(self, path: Path, module: str, *, python: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, module: str, *, python: str) -> None:
         self.path = path
         scratch = tempfile.TemporaryDirectory()
         self.file = Path(scratch.name) / "log_probs.npy"
@@ -77,7 +82,7 @@ class Model:
             self.process = subprocess.Popen(
                 [python, "-m", module, str(path.resolve()), str(self.file)],
                 cwd=apart.CODE,
-                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())} | dict(environment or {}),
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PIPELINE_ENV": prefix(python)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
