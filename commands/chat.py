@@ -165,6 +165,8 @@ def _listen(endpoint: Endpoint, voice: Voice, body: dict[str, Any], spoken: Spok
                     return
                 spoken.told.put((voice, piece))
     except ExternalError as fault:
+        if spoken.is_over:
+            return
         voice.fault = str(fault)
     spoken.told.put((voice, None))
 

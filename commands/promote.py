@@ -130,8 +130,14 @@ def unrecorded() -> list[str]:
                 faults.append(f"{stage}: {entry}")
                 continue
             states = [state for changed in entry.values() for state in changed.items()]
-            faults += [f"{stage}: {path} {state}" for path, state in states if state != "not in cache"]
+            faults += [f"{stage}: {path} {state}" for path, state in states if not _is_elsewhere(path, state)]
     return faults
+
+
+def _is_elsewhere(path: str, state: str) -> bool:
+    """Whether something is only not on this machine (not pulled, or cleaned away), and promote does not read it."""
+    is_absent = state in ("deleted", "not in cache") and path.startswith(("models/", "data/"))
+    return is_absent and Path(path) not in (EXPORT, ADAPTER)
 
 
 def made_by(given: str | None, params: dict[str, Any], experiment_id: str) -> tuple[str, Any]:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.lib import config, files, local_endpoint, numerics
 from stages.lib.errors import DataError, PipelineError
@@ -110,10 +109,7 @@ def recommended(folder: Path) -> Path:
 
     Raises: DataError, when there is no export, or no GGUF file in it.
     """
-    path = folder / manifest.NAME
-    if not path.is_file():
-        raise DataError(f"{path}: not found, expected an export. Type `make repro`, or give another file: GGUF=...")
-    found = _read(path)
+    found = manifest.read(folder)
     # q8_0 where nothing is recommended
     ggufs = sorted(
         (name for name in found["files"] if name.endswith(".gguf")), key=lambda n: ("q8_0" not in n.lower(), n)
@@ -132,26 +128,13 @@ def verify(file: Path) -> None:
     folder = next((folder for folder in file.resolve().parents[:2] if (folder / manifest.NAME).is_file()), None)
     if folder is None:
         return
-    path = folder / manifest.NAME
-    recorded = _read(path)["files"].get(file.resolve().relative_to(folder).as_posix())
+    recorded = manifest.read(folder)["files"].get(file.resolve().relative_to(folder).as_posix())
     found = files.sha256(file)
     if found != recorded:
         raise DataError(
-            f"{file}: has sha256 {found}, expected {recorded} as {path} says. Run quantize_export again, or add "
-            "ARGS=--unverified to serve it all the same."
+            f"{file}: has sha256 {found}, expected {recorded} as {folder / manifest.NAME} says. Run quantize_export "
+            "again, or add ARGS=--unverified to serve it all the same."
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = files.read_json(path)
-        if isinstance(found["files"], dict):
-            return dict(found)
-    except (ValueError, TypeError, LookupError):
-        pass
-    raise DataError(
-        f"{path}: no manifest, expected JSON with the sha256 of each of `files`. Run quantize_export again."
-    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Params:
 
 
 def main(p: Params) -> None:
-    from stages.lib import beside, chat, merging, models, numerics
+    from stages.lib import beside, chat, merging, models, numerics, overflow
     from stages.lib.comparison import TUNED
 
     merging.check(ADAPTER, p.merge)
@@ -57,7 +57,10 @@ def main(p: Params) -> None:
     with files.replacing(MERGED) as folder:
         merging.save(merging.merge(BASE, ADAPTER, p.merge, p.numerics), BASE, folder)
         gc.collect()
-        found = beside.see(asked, models.load_dense(folder, p.numerics))
+        whole = models.load_dense(folder, p.numerics)
+        overflow.check(whole, asked.rows, str(p.merge.dtype))
+        found = beside.see(asked, whole)
+        del whole
         merged = beside.closeness(expected["merge"], found)
         if not merged.kl_mean <= p.merge.max_kl:
             raise GateError(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,13 +11,23 @@ from pathlib import Path
 from stages.lib.errors import ExternalError
 
 CODE = Path(__file__).resolve().parents[2]
+FULL = ("No space left on device", "Not enough free space to write")  # the latter is NumPy's, before it writes
+LEAST_ROOM = 2**20  # bytes; a disk with less is full
 PATIENCE_S = 2 * 3600  # a process that hangs must not hold the pipeline for ever; the default model needs a minute
 
 
-def run(what: str, module: str, *arguments: str, python: str = sys.executable, **environment: str) -> None:
+def run(
+    what: str,
+    module: str,
+    *arguments: str,
+    writes: Path | None = None,
+    python: str = sys.executable,
+    **environment: str,
+) -> None:
     """Run a module of the project apart.
 
-    Args: what: is being done, for messages. python: of the environment it runs in.
+    Args: what: is being done, for messages. writes: the file or folder it makes; where it fails and the disk there has
+        no room left, that is the fault, whatever a native library calls it. python: of the environment it runs in.
     Raises: ExternalError, saying what was done, how the process ended, and its last lines; OSError, for a full disk.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -38,7 +49,8 @@ def run(what: str, module: str, *arguments: str, python: str = sys.executable, *
             ) from fault
     if done.returncode == 0:
         return
-    if "No space left on device" in done.stderr:
+    said = any(words in done.stderr for words in FULL)
+    if said or (writes and shutil.disk_usage(writes.parent).free < LEAST_ROOM):
         raise OSError(errno.ENOSPC, f"No space left on device while {what}")
     how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with status {done.returncode}"
     last = [line for line in done.stderr.splitlines() if line.strip()][-6:]

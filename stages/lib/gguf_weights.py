@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from stages.lib.errors import ModelError
+
+GEMMA3 = "gemma3_text"
+"""transformers' name of a Gemma 3 without its eyes."""
 
 
 class Reader(GGUFReader):  # type: ignore[misc]  # gguf brings no types
@@ -87,18 +91,60 @@ def processor_of(model: PreTrainedModel, architecture: str) -> TensorProcessor:
 
 
 def hugging_face_names(model: PreTrainedModel, architecture: str) -> dict[str, str]:
-    """GGUF's name of each weight -> transformers' name; kept, since every format asks and it takes seconds."""
-    key = model.config.to_json_string()
-    if key not in _known_names:
-        _known_names[key] = get_gguf_hf_weights_map(model, processor_of(model, architecture))
-    return _known_names[key]
+    """GGUF's name of each weight -> transformers' name.
+
+    transformers walks down the modules and lists the architecture's names anew in each, which takes seconds; the names
+    from the top alone are the same wherever they name every weight.
+    Raises: ModelError, when transformers knows no GGUF of this architecture.
+    """
+    processor = processor_of(model, architecture)
+    top = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    try:
+        names: dict[str, str] = get_gguf_hf_weights_map(top, processor)
+        if model.state_dict().keys() - names.values():
+            names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as fault:
+        raise ModelError(
+            f"{architecture}: transformers cannot load a GGUF file of it to measure it: {fault}. "
+            "Leave the gguf formats out of export.formats."
+        ) from fault
+    return names
 
 
-_known_names: dict[str, dict[str, str]] = {}
+def complete(config: PreTrainedConfig) -> None:
+    """Give a configuration read from a GGUF file what the format has no key for, as llama.cpp computes it."""
+    if config.model_type == GEMMA3:
+        config.query_pre_attn_scalar = _width_scored_by(config)
 
 
-def _check_description(reader: GGUFReader, architecture: str, config: object) -> None:
+def _width_scored_by(config: Any) -> int:
+    """Gemma 3 divides scores by the root of this: llama.cpp knows the 27B by its layers, and the others' head_dim."""
+    return int(config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim)
+
+
+def _check_gemma3(config: Any) -> None:
+    """What llama.cpp computes of a Gemma 3 by itself, since GGUF has no key for it.
+
+    Raises: ModelError, where the configuration says otherwise: answers would differ, without a word.
+    """
+    every_sixth = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(config.num_hidden_layers)]
+    expected = {
+        "query_pre_attn_scalar": (config.query_pre_attn_scalar, _width_scored_by(config)),
+        "layer_types": (config.layer_types, every_sixth),
+        "rope_theta of sliding_attention": (config.rope_parameters["sliding_attention"]["rope_theta"], 10000.0),
+    }
+    for name, (found, known) in expected.items():
+        if found != known:
+            raise ModelError(
+                f"models/base/config.json: {name} is {found}, llama.cpp takes {known} for every Gemma 3. Leave the "
+                "gguf formats out of export.formats, or choose another base_model."
+            )
+
+
+def _check_description(reader: GGUFReader, architecture: str, config: PreTrainedConfig) -> None:
     """Compare the numbers by which llama.cpp will build the model with the configuration they came from."""
+    if config.model_type == GEMMA3:
+        _check_gemma3(config)
     for key, name in GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {}).items():
         field, expected = reader.fields.get(f"{architecture}.{key}"), getattr(config, name or "", None)
         if field is None or not isinstance(expected, (int, float)):

@@ -48,6 +48,7 @@ def from_gguf(gguf: Path, folder: Path) -> str:
     reader = GGUFReader(gguf)
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(**place)  # handed on: every look at a GGUF header takes seconds
+    gguf_weights.complete(config)
     tokenizer = AutoTokenizer.from_pretrained(**place, config=config)
     model = gguf_weights.load(reader, config, torch.bfloat16)
     if tokenizer.eos_token_id != model.config.eos_token_id:

@@ -72,8 +72,8 @@ def quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give what a quantized folder holds unquantized (embeddings, norms) the compute type, not its own 16 bit."""
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not name.endswith(".SCB"):
+    for weight in model.parameters():
+        if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):

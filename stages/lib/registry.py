@@ -5,6 +5,7 @@
 What the gate needs of a version later, its predictions, lies among the artifacts of the run that made it.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ def predictions(version: Any) -> list[Prediction] | None:
 
     if DIGEST not in version.tags:
         return None
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # over one small file
     path = f"{_folder(version.tags[DIGEST])}/{PREDICTIONS}"
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -118,7 +120,7 @@ def predictions(version: Any) -> list[Prediction] | None:
 
 
 def register(name: str, copy: Path, evaluated: Path, run: Any) -> Any:
-    """A new version of a model, alias `candidate`, made from a promoted copy.
+    """A new version of a model, made from a promoted copy.
 
     Manifest, card and predictions go to the run's artifacts first, so that no version is without them. A server takes
     no path of this machine as a source, so the version's source is those artifacts there, and the copy itself here.
@@ -150,20 +152,19 @@ def register(name: str, copy: Path, evaluated: Path, run: Any) -> Any:
     except mlflow.MlflowException as fault:
         if fault.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    version = client.create_model_version(name, source, run.info.run_id, tags)
-    client.set_registered_model_alias(name, CANDIDATE, version.version)
-    return version
+    return client.create_model_version(name, source, run.info.run_id, tags)
 
 
 def tell(name: str, version: Any, told: Judgement) -> None:
-    """Write the judgement on a version, and make it champion where that is deserved; otherwise it is the candidate."""
+    """Make a version the candidate, write the judgement on it, and make it champion where that is deserved."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
+    client.set_registered_model_alias(name, CANDIDATE, version.version)
     client.update_model_version(name, version.version, description="\n\n".join([told.word, *told.lines]))
     client.set_model_version_tag(name, version.version, "gate", told.word)
-    client.set_registered_model_alias(name, CANDIDATE if told.word != "better" else CHAMPION, version.version)
     if told.word == "better":
+        client.set_registered_model_alias(name, CHAMPION, version.version)
         client.delete_registered_model_alias(name, CANDIDATE)
 
 

@@ -13,6 +13,8 @@ from stages.lib.schema.merge import Base, Dtype
 from tests.evaluate_settings import settings
 from tests.exported import MERGE, NUMERICS, make_inputs
 
+PARTS = ("delta", "low", "high")
+
 
 def params(**changes: Any) -> merge.Params:
     return merge.Params(settings(max_new_tokens=4), replace(MERGE, dtype=Dtype.float16, **changes), NUMERICS)
@@ -30,7 +32,13 @@ def test_merge_writes_the_trained_model_and_the_same_bytes_again(inputs: Path) -
         merge.main(params())
         digests.append({path.name: files.sha256(path) for path in Path("models/merged").iterdir()})
     assert digests[0] == digests[1]
-    assert files.read_json(Path("metrics/merge.json"))["merge/kl/mean"] < 1e-6
+    metrics = files.read_json(Path("metrics/merge.json"))
+    assert metrics["merge/kl/mean"] < 1e-6 < metrics["merge/16bit/kl/mean"]
+    measures = {f"task/{name}/{part}" for name in ("parameters/field_f1", "summary/rouge_l") for part in PARTS}
+    figures = {"kl/mean", "kl/p99", "top1", "perplexity", "perplexity_ratio"}
+    assert metrics.keys() == {"merge/tokens", "merge/mib"} | {
+        f"{stem}/{name}" for stem in ("merge", "merge/16bit") for name in figures | measures
+    }
 
 
 def test_the_original_base_is_further_from_what_was_trained(inputs: Path) -> None:
@@ -61,6 +69,21 @@ def test_a_damaged_layer_breaks_the_gate(inputs: Path, monkeypatch: pytest.Monke
     with pytest.raises(GateError, match="mean KL"):
         merge.main(params())
     assert not Path("models/merged").exists()
+
+
+def test_a_full_disk_leaves_the_last_merge_in_place(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("models/merged").mkdir()
+    Path("models/merged/model.safetensors").write_bytes(b"earlier")
+
+    def full(*arguments):  # type: ignore[no-untyped-def]
+        Path("models/merged.partial").mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge.main(params())
+    assert [path.name for path in Path("models").iterdir() if "merged" in path.name] == ["merged"]
+    assert Path("models/merged/model.safetensors").read_bytes() == b"earlier"
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])

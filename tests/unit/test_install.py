@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import env_vllm
 from commands.install import has_cpu_build, torch_options, uv_install, variables
 from tests.conftest import run
 
@@ -78,3 +79,14 @@ def test_the_lock_names_no_local_build_and_no_registry() -> None:
     lock = (Path(__file__).resolve().parents[2] / "requirements.lock").read_text()
     assert "torch==2.13.0\n" in lock
     assert "://" not in lock
+
+
+def test_llmcompressor_gets_an_environment_of_its_own_by_its_own_lock() -> None:
+    create, fill = env_vllm.steps(["--find-links", "wheels"])
+    assert create[-1] == ".venv-llmcompressor"
+    assert fill[:5] == [".venv/bin/uv", "pip", "install", "--quiet", "--python"]
+    assert fill[5] == ".venv-llmcompressor/bin/python"
+    assert fill[-6:] == [
+        *("--find-links", "wheels"),
+        *("--constraints", "requirements-llmcompressor.lock", "llmcompressor", "torch"),
+    ]

@@ -1,5 +1,6 @@
 """From an export to the model registry: what is copied, who becomes champion, and what is refused untouched."""
 
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from tests.promoted import edit, make_export, predictions
 WEAK, GOOD, BEST = 13, 18, 24  # rows of 24 that a model answers right
 NAME = "tuned"  # of the registered model; each test has its own
 P = settings()
+OUTPUT = promote._output  # before the fixtures below answer for DVC
 
 
 def of(tuned: int, **changes: Any) -> list[dict[str, Any]]:
@@ -106,6 +108,8 @@ def tracked(folder: Path, uri: str, patches: pytest.MonkeyPatch) -> Iterator[Pat
         patches.delenv(name, raising=False)
     patches.setenv("MLFLOW_TRACKING_URI", uri)
     patches.setattr(promote, "_output", without_dvc(promote._output))
+    for name in ("load", "values"):  # params.yaml stays as it is, and composing it takes long
+        patches.setattr(config, name, functools.cache(getattr(config, name)))
     before = mlflow.get_tracking_uri()
     tracking.run_of(tracking.key(config.values()), tracking.connect(tracking.address(None)))
     yield folder
@@ -247,7 +251,7 @@ def test_an_export_that_dvc_would_make_again_is_refused(
     status = {
         "merge": ["changed command"],
         "quantize_export": [
-            {"changed deps": {"stages/lib/card.py": "modified", "models/base": "not in cache"}},
+            {"changed deps": {"stages/lib/card.py": "modified", "models/merged": "deleted"}},
             {"changed outs": {"models/export": "not in cache"}},
         ],
     }
@@ -255,6 +259,7 @@ def test_an_export_that_dvc_would_make_again_is_refused(
     assert promote.unrecorded() == [
         "merge: changed command",
         "quantize_export: stages/lib/card.py modified",
+        "quantize_export: models/export not in cache",
     ]
     refused(repository, capsys)
 
@@ -355,3 +360,32 @@ def test_a_server_takes_versions_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.mark.slow
+def test_dvc_says_when_the_export_is_not_what_a_commit_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(promote, "_output", OUTPUT)
+    dvc = [sys.executable, "-m", "dvc"]
+    make = "mkdir models/export && cp note models/export/note"
+    stages = {"quantize_export": {"cmd": make, "deps": ["note"], "outs": ["models/export"]}}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "note").write_text("one")
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    git(tmp_path, "init", "-q")
+    subprocess.run([*dvc, "init", "-q"], check=True)
+    subprocess.run([*dvc, "repro", "-q"], check=True)
+    (tmp_path / ".gitignore").write_text("/models/\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "made")
+    assert promote.unrecorded() == []
+    (tmp_path / "models/export/note").write_text("edited")
+    assert promote.unrecorded() == ["quantize_export: models/export modified"]
+    (tmp_path / "note").write_text("two")
+    assert promote.unrecorded() == [
+        "note: not committed",
+        "quantize_export: note modified",
+        "quantize_export: models/export modified",
+    ]
+    shutil.rmtree(tmp_path / ".dvc/cache")  # DVC then does not look at the output itself
+    assert promote.unrecorded()[2:] == ["quantize_export: models/export not in cache"]

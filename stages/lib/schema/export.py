@@ -18,6 +18,9 @@ class Format(StrEnum):
     bnb_int8 = "bnb_int8"
     safetensors = "safetensors"
     adapter = "adapter"
+    onnx_int4 = "onnx_int4"
+    compressed_w4a16 = "compressed_w4a16"
+    compressed_w8a8 = "compressed_w8a8"
 
 
 @dataclass

@@ -98,10 +98,10 @@ class Front:
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
             response = await answering if answering.done() else None
-        except Refusal:
+        except Exception:
             self._ended("refused")
             raise
-        except BaseException:
+        except asyncio.CancelledError:
             self._ended("left")
             raise
         finally:
@@ -208,7 +208,7 @@ class Server(uvicorn.Server):
                 log_level="error",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=0.2,  # type: ignore[arg-type]  # seconds, which may be parts of one
             )
         )
         self._front, self._grace_s, self.cut = front, grace_s, 0

@@ -28,6 +28,7 @@ class LlamaCpp:
         asked = self._client.build_request("POST", self._url, json=body)
         try:
             answer = await self._client.send(asked, stream=True)
+            self._is_well = True
             if answer.status_code == 200 and body.get("stream"):
                 return StreamingResponse(_parts(answer), media_type="text/event-stream")
             try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedModel
 
-from stages.lib import merging, models
+from stages.lib import merging, models, numerics
 from stages.lib.export.formats.exporter import Trained
 from stages.lib.export.formats.transformers_folder import TransformersFolder
 from stages.lib.schema.numerics import Quantization
@@ -22,8 +22,8 @@ class BitsAndBytes(TransformersFolder):
         """
         model = models.load_base(trained.merged, replace(trained.numerics, quantization=self.quantization))
         dtype = AutoConfig.from_pretrained(trained.merged, local_files_only=True).dtype
-        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if weight.is_floating_point() and not name.endswith(".SCB"):
+        for weight in model.parameters():
+            if weight.is_floating_point():
                 weight.data = weight.data.to(dtype)
         model.config.dtype = dtype
         model.config._name_or_path = ""
@@ -32,7 +32,7 @@ class BitsAndBytes(TransformersFolder):
 
 
 class Nf4(BitsAndBytes):
-    """On a CPU its 4-bit layers are unpacked to the values they multiply with: the same numbers, many times faster."""
+    """On a CPU its layers are unpacked to the values they multiply with: equal to the bit, and many times faster."""
 
     quantization = Quantization.nf4
 
@@ -40,7 +40,8 @@ class Nf4(BitsAndBytes):
         super().__init__("bnb_nf4")
 
     def load(self, path: Path, trained: Trained) -> PreTrainedModel:
-        return models.load_base(path, trained.numerics, dense=True)
+        n = trained.numerics
+        return models.load_base(path, n, dense=numerics.resolve(n).device == "cpu")
 
 
 class Int8(BitsAndBytes):

@@ -15,7 +15,7 @@ class Trained:
     """The trained model as the stages left it, and all else that a format is made from.
 
     name: goes into file names. splits: the data, for what is calibrated on training text. scratch: for files that
-    several formats are made from; gone when all are written.
+    several formats are made from, on the disk they go to; gone when all are written.
     """
 
     name: str

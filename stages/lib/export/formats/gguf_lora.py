@@ -35,6 +35,7 @@ class GgufLora(Exporter):
                 str(trained.adapter.resolve()),
                 str(path.resolve()),
                 trained.name,
+                writes=path,
                 PYTHONPATH=str(gguf.CONVERTER),
             )
         except ExternalError as fault:

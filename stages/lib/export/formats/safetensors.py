@@ -15,7 +15,9 @@ class Safetensors(TransformersFolder):
         super().__init__("safetensors")
 
     def write(self, trained: Trained, path: Path) -> None:
-        shutil.copytree(trained.merged, path)
+        path.mkdir()
+        for file in sorted(trained.merged.iterdir()):
+            shutil.copyfile(file, path / file.name)
 
     def load(self, path: Path, trained: Trained) -> PreTrainedModel:
         return models.load_dense(path, trained.numerics)
