@@ -290,7 +290,7 @@ def _in_runtime(
     gaps = [
         gap
         for answer in told.session.answers[: p.probes]
-        if answer.ids
+        if answer.ids and answer.top
         for gap in fidelity.gaps(
             fidelity.log_probs(model, [*answer.prompt, *answer.ids], len(answer.prompt)), answer.top[: len(answer.ids)]
         )
