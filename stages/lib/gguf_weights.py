@@ -95,14 +95,15 @@ def hugging_face_names(model: PreTrainedModel, architecture: str) -> dict[str, s
 
     transformers walks down the modules and lists the architecture's names anew in each, which takes seconds; the names
     from the top alone are the same wherever they name every weight.
+    Args: architecture: llama.cpp's name, which need not be transformers': a Mistral is a `llama` there.
     Raises: ModelError, when transformers knows no GGUF of this architecture.
     """
     processor = processor_of(model, architecture)
     top = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
     try:
-        names: dict[str, str] = get_gguf_hf_weights_map(top, processor)
+        names: dict[str, str] = get_gguf_hf_weights_map(top, processor, architecture)
         if model.state_dict().keys() - names.values():
-            names = get_gguf_hf_weights_map(model, processor)
+            names = get_gguf_hf_weights_map(model, processor, architecture)
     except NotImplementedError as fault:
         raise ModelError(
             f"{architecture}: transformers cannot load a GGUF file of it to measure it: {fault}. "

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stages.lib import adapters, chat, files, models, others
+from stages.lib import adapters, chat, files, licences, models, others
 from stages.lib.errors import ConfigError, ModelError
 from stages.lib.requantizing import Requantized
 from stages.lib.schema.merge import OF_EQUAL_RANK, Base, Dtype, Merge
@@ -255,8 +255,9 @@ def save(model: PreTrainedModel, base: Path, folder: Path) -> None:
 
 
 def copy_unchanged(base: Path, folder: Path) -> None:
-    """Everything that says how text becomes tokens and when to stop comes over byte for byte, not as re-saved."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template.*", "generation_config.json"):
+    """What says how text becomes tokens and when to stop, and the licence: byte for byte, not as re-saved."""
+    texts = ("tokenizer*", "special_tokens_map.json", "chat_template.*", "generation_config.json")
+    for pattern in (*texts, *licences.FILES):
         for path in sorted(base.glob(pattern)):
             (folder / path.name).write_bytes(path.read_bytes())
     for path in folder.iterdir():

@@ -11,6 +11,7 @@ from stages import merge, quantize_export
 from stages.lib import chat, config, files, gguf_weights, model_folder, overflow
 from stages.lib.errors import ModelError
 from tests import architectures, exported, tiny_training
+from tests.conftest import ROOT
 
 TEXTS = (
     "the quick  brown fox",
@@ -96,8 +97,8 @@ def test_an_architecture_is_trained_merged_and_exported(
         "export.probes=2",
         f"export.gguf_pre_tokenizer={architectures.PRE_TOKENIZER[architecture]}",
     ]
-    conf = Path(__file__).parent.parent.parent / "conf"
-    params.write(Path("params.yaml"), overrides, conf)
+    Path("data/benchmarks").mkdir()  # where the composed defaults look for it
+    params.write(Path("params.yaml"), overrides, ROOT / "conf")
     merge.main(config.load(merge.Params))
     quantize_export.main(config.load(quantize_export.Params))
     found = files.read_json(Path("metrics/quantize_export.json"))
