@@ -70,7 +70,18 @@ def variables(environ: Mapping[str, str], *, has_gpu: bool) -> dict[str, str]:
 def uv_install(python: Path, torch: Sequence[str]) -> list[str]:
     """The command that installs the project's dependencies. Compiled: uv leaves that to the first import otherwise."""
     uv = [str(python.parent / "uv"), "pip", "install", "--quiet", "--python", str(python), "--compile-bytecode"]
-    wanted = ["--requirements", "pyproject.toml", "--extra", "dev", "--extra", "ray"]
+    wanted = [
+        "--requirements",
+        "pyproject.toml",
+        "--extra",
+        "dev",
+        "--extra",
+        "ray",
+        "--extra",
+        "sbom",
+        "--extra",
+        "serve",
+    ]
     return [*uv, *torch, "--constraints", str(LOCK), *wanted]
 
 
