@@ -253,7 +253,7 @@ def test_a_merge_takes_at_most_1_3_times_the_16_bit_size_in_memory(tmp_path: Pat
         vocab_size=400,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=20,
+        num_hidden_layers=24,
         num_attention_heads=8,
         num_key_value_heads=8,
     )
@@ -263,7 +263,7 @@ def test_a_merge_takes_at_most_1_3_times_the_16_bit_size_in_memory(tmp_path: Pat
     done = run(ROOT, sys.executable, "-c", MEASURED_MERGE, str(base), str(adapter), str(tmp_path / "merged"))
     assert done.returncode == 0, done.stderr
     size = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
-    assert size > 600e6
+    assert size > 700e6
     assert int(done.stdout) < 1.3 * size
 
 
