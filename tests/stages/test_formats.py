@@ -30,6 +30,7 @@ from stages.lib.errors import DataError, ExternalError, ModelError
 from stages.lib.export.formats import EXPORTERS, gguf, gguf_lora
 from stages.lib.export.formats.exporter import Request, Trained
 from stages.lib.schema.export import Export, Format
+from stages.lib.schema.merge import Dtype
 from stages.lib.schema.numerics import Quantization
 from tests.conftest import ROOT
 from tests.exported import MERGE, NUMERICS, make_inputs
@@ -45,7 +46,9 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_inputs(tiny_model_dir)
-        merged = merging.merge(Path("models/base"), Path("models/adapter"), MERGE, NUMERICS)
+        merged = merging.merge(
+            Path("models/base"), Path("models/adapter"), replace(MERGE, dtype=Dtype.float16), NUMERICS
+        )
         merging.save(merged, Path("models/base"), Path("models/merged"))
     values = yaml.safe_load((ROOT / "conf/export/gguf_and_nf4.yaml").read_text()) | {"gguf_pre_tokenizer": "gpt-2"}
     places = (folder / "models/base", folder / "models/adapter", folder / "models/merged", folder / "data/splits")
