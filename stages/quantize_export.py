@@ -49,7 +49,7 @@ def main(p: Params) -> None:
     chats = round_trip.expected(SPLITS, tokenizer, stop_ids, p.export.chats)
 
     with merging.combined(BASE, ADAPTER, p.merge) as adapter, files.replacing(Path("models/export")) as folder:
-        trained = Trained(name, BASE, adapter, MERGED, SPLITS, folder, p.export, p.numerics)
+        trained = Trained(name, BASE, adapter, MERGED, SPLITS, folder, p.export, p.numerics, p.merge)
         written, skipped = writing.write_formats(trained, folder)
         asked, told = measuring.ask(written, trained, test, chats, p.export, p.evaluate)
         found = measuring.measure(written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)

@@ -24,7 +24,9 @@ END = 2  # <|im_end|> of the tiny tokenizer
 def trained(exported: Path) -> Trained:
     made = exported / "models"
     splits = exported / "data/splits"
-    return Trained(NAME, made / "base", made / "adapter", made / "merged", splits, made, params().export, NUMERICS)
+    return Trained(
+        NAME, made / "base", made / "adapter", made / "merged", splits, made, params().export, NUMERICS, MERGE
+    )
 
 
 @pytest.fixture

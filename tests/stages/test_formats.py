@@ -52,7 +52,7 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
         merging.save(merged, Path("models/base"), Path("models/merged"))
     values = yaml.safe_load((ROOT / "conf/export/gguf_and_nf4.yaml").read_text()) | {"gguf_pre_tokenizer": "gpt-2"}
     places = (folder / "models/base", folder / "models/adapter", folder / "models/merged", folder / "data/splits")
-    return Trained("tiny-tuned", *places, folder, Export(**values), NUMERICS)
+    return Trained("tiny-tuned", *places, folder, Export(**values), NUMERICS, MERGE)
 
 
 def write(form: Format, trained: Trained, folder: Path) -> Path:
