@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval clean lock
+.PHONY: help env env-vllm repro test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -11,6 +11,9 @@ env: .venv/installed  ## create .venv with what requirements.lock pins
 
 .venv/installed: requirements.lock pyproject.toml commands/install.py
 	$(PYTHON) -m commands.install
+
+env-vllm: env  ## create .venv-llmcompressor, for the export formats compressed_w4a16 and compressed_w8a8
+	python -m commands.env_vllm
 
 repro: env  ## run the pipeline: only what is not up to date
 	@python -m commands.differences
@@ -75,6 +78,9 @@ judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)
 
+ladder: env  ## draw what each exported file keeps of the trained model: runs/ladder.html
+	python -m commands.ladder
+
 serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make serve PORT=... ADAPTERS="a=models/adapter b=..."
 	@exec python -m commands.serve $(if $(GGUF),--gguf "$(GGUF)") $(if $(ADAPTERS),--adapters $(ADAPTERS)) \
 		$(if $(PORT),--port "$(PORT)") $(ARGS)
@@ -86,4 +92,5 @@ clean:  ## remove what can be made again: DVC's cache of unused outputs, tempora
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra serve pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra sbom --extra serve --extra onnx pyproject.toml -o requirements.lock
+	printf 'llmcompressor==0.14.0.1\ntorch==2.13.0\n' | uv pip compile -q --no-header --no-annotate --python-version 3.11 - -o requirements-llmcompressor.lock

@@ -36,13 +36,20 @@ def main() -> int:
         uv_install(python, torch),
         [*pip, "--no-deps", "--upgrade", "--require-hashes", *converter()],
     ]
+    if status := perform(steps, ENVIRONMENT, variables(os.environ, has_gpu=on_gpu)):
+        return status
+    installed.touch()
+    return 0
+
+
+def perform(steps: Sequence[Sequence[str]], environment: Path, variables: Mapping[str, str]) -> int:
+    """Run the commands that fill an environment, up to the first that fails; its status."""
     for step in steps:
         print(shlex.join(step), flush=True)
-        if status := subprocess.run(step, env=variables(os.environ, has_gpu=on_gpu), check=False).returncode:
-            print(f"install: the line above ended with status {status}; .venv is incomplete. Is the package registry "
-                  "reachable and the disk not full? `make env` carries on.", file=sys.stderr)  # fmt: skip
+        if status := subprocess.run(step, env=variables, check=False).returncode:
+            print(f"install: the line above ended with status {status}; {environment} is incomplete. Is the package "
+                  "registry reachable and the disk not full? `make` carries on.", file=sys.stderr)  # fmt: skip
             return status
-    installed.touch()
     return 0
 
 
@@ -63,7 +70,18 @@ def variables(environ: Mapping[str, str], *, has_gpu: bool) -> dict[str, str]:
 def uv_install(python: Path, torch: Sequence[str]) -> list[str]:
     """The command that installs the project's dependencies. Compiled: uv leaves that to the first import otherwise."""
     uv = [str(python.parent / "uv"), "pip", "install", "--quiet", "--python", str(python), "--compile-bytecode"]
-    wanted = ["--requirements", "pyproject.toml", "--extra", "dev", "--extra", "ray"]
+    wanted = [
+        "--requirements",
+        "pyproject.toml",
+        "--extra",
+        "dev",
+        "--extra",
+        "ray",
+        "--extra",
+        "sbom",
+        "--extra",
+        "serve",
+    ]
     return [*uv, *torch, "--constraints", str(LOCK), *wanted]
 
 

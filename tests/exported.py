@@ -54,6 +54,7 @@ def make_inputs(base: Path) -> None:
     source = {"id": "tiny/llama", "origin": "tests", "revision": "0" * 40, "weights": "dequantized from Q4_1"}
     files.write_json(Path("models/base/source.json"), source)
     make_adapter(base, Path("models/adapter"))
+    files.write_json(Path("models/adapter/trained.json"), {"method": "lora"})
     rows = [
         records.make(
             [{"role": "user", "content": f"the fox {i} jumps"}, {"role": "assistant", "content": answer}],
@@ -66,16 +67,17 @@ def make_inputs(base: Path) -> None:
     ]
     records.write(Path("data/splits/test.parquet"), rows)
     records.write(Path("data/splits/validation.parquet"), rows[:2])
+    records.write(Path("data/splits/train.parquet"), rows[2:])
     predictions = [
         {
-            "arm": "tuned",
+            "arm": arm,
             "id": row["id"],
             "task": row["task"],
             "source": row["source"],
             "language": None,
             "length": "short",
             "prompt_sha": "",
-            "answer": row["messages"][-1]["content"],
+            "answer": row["messages"][-1]["content"] if arm == "tuned" else "the",
             "reference": row["messages"][-1]["content"],
             "n_tokens": 5,
             "n_bytes": 20,
@@ -86,6 +88,7 @@ def make_inputs(base: Path) -> None:
             "predicted": None,
             **dict.fromkeys(SCORES),
         }
+        for arm in ("base", "fewshot", "tuned")
         for row in rows
     ]
     files.write_rows(Path("reports/evaluation/predictions.parquet"), predictions, PREDICTIONS)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from stages.lib.errors import ExternalError
@@ -22,12 +23,13 @@ def run(
     *arguments: str,
     writes: Path | None = None,
     python: str = sys.executable,
-    **environment: str,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a module of the project apart.
 
     Args: what: is being done, for messages. writes: the file or folder it makes; where it fails and the disk there has
-        no room left, that is the fault, whatever a native library calls it. python: of the environment it runs in.
+        no room left, that is the fault, whatever a native library calls it.
+        python: of the environment it runs in. environment: variables to set.
     Raises: ExternalError, saying what was done, how the process ended, and its last lines; OSError, for a full disk.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -35,7 +37,7 @@ def run(
             done = subprocess.run(
                 [python, "-m", module, *arguments],
                 cwd=CODE,  # the code this process runs, not another copy of it
-                env={**os.environ, "PIPELINE_ENV": sys.prefix, "TMPDIR": scratch} | environment,
+                env={**os.environ, "PIPELINE_ENV": sys.prefix, "TMPDIR": scratch} | dict(environment or {}),
                 capture_output=True,
                 text=True,
                 errors="replace",

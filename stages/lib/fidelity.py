@@ -3,6 +3,7 @@
 The reference is computed once and kept, so that only one model at a time has to be in memory.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import partial
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 LIKELY = 0.01  # probability from which a candidate of another runtime is compared
 
@@ -79,6 +81,36 @@ def log_probs(model: PreTrainedModel, row: Sequence[int], start: int) -> torch.T
     ids = torch.tensor([list(row[:-1])], device=model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(row) - start).logits[0]
     return logits.float().log_softmax(dim=-1).cpu()
+
+
+def behind(model: PreTrainedModel, longer: Sequence[Sequence[int]]) -> LogProbs:
+    """A model that reads each row at the end of a longer text: examples first, which are read once for all rows.
+
+    Args: longer: for each row of the reference, in order, token ids that end as the row does.
+    """
+    waiting = iter(longer)
+    read: dict[tuple[int, ...], Cache] = {}
+
+    @torch.inference_mode()
+    def found(row: Sequence[int], start: int) -> torch.Tensor:
+        text = list(next(waiting))
+        border = len(text) - (len(row) - start) - 1  # the token here predicts row[start]
+        shown = tuple(text[:border])
+        if shown and shown not in read:
+            ids = torch.tensor([shown], device=model.device)
+            read[shown] = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        ids = torch.tensor([text[border:-1]], device=model.device)
+        before = copy.deepcopy(read[shown]) if shown else None  # a pass appends to what it is given
+        logits = model(input_ids=ids, past_key_values=before, use_cache=True).logits[0]
+        return logits.float().log_softmax(dim=-1).cpu()
+
+    return found
+
+
+def itself(expected: Reference) -> Fidelity:
+    """The reference against itself: no divergence, its own perplexity."""
+    kept = iter(expected.log_probs)
+    return compare(expected, lambda row, start: next(kept))
 
 
 def compare(expected: Reference, model: LogProbs) -> Fidelity:

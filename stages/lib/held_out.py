@@ -41,18 +41,23 @@ def encode(tokenizer: PreTrainedTokenizerFast, row: Row) -> chat.Encoded:
 
 
 def conversations(splits: Path, tokenizer: PreTrainedTokenizerFast, count: int) -> list[list[int]]:
-    """Token ids of `count` rows that were not trained on, every task represented, the choice fixed by the ids.
+    """Token ids of `count` rows that were not trained on, see `rows`."""
+    return [[int(token) for token in encode(tokenizer, row).input_ids] for row in rows(splits, tokenizer, count)]
 
-    Raises: DataError, when validation and test hold no usable row.
+
+def rows(splits: Path, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Row]:
+    """`count` usable rows that were not trained on, every task represented, the choice fixed by the ids.
+
+    Raises: DataError, when validation and test hold none.
     """
     found = [row for name in ("test", "validation") for row in records.read(splits / f"{name}.parquet")]
-    rows, _ = usable(tokenizer, found)
-    if not rows:
+    kept, _ = usable(tokenizer, found)
+    if not kept:
         raise DataError(
             f"{splits}: test and validation hold {len(found)} rows, none of which can be used. "
             "Raise split.test_fraction, or give more data."
         )
-    return [[int(token) for token in encode(tokenizer, row).input_ids] for row in spread(rows, count)]
+    return spread(kept, count)
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

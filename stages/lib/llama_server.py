@@ -57,7 +57,7 @@ def main(file: str, request: str, reply: str) -> None:
     answers = [
         {
             "ids": answer["tokens"],
-            "stop": answer["stop_type"],
+            "stopped": answer["stop_type"] == "eos",
             "top": [
                 {str(token["id"]): token["logprob"] for token in place["top_logprobs"]}
                 for place in answer["completion_probabilities"]

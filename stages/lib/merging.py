@@ -12,6 +12,7 @@ original        models/base as it is
 Several adapters (merge.adapters) become one first, combined by PEFT; everything after knows that one alone.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,6 +222,7 @@ def _merge_layers(tuned: PeftModel, through: Requantized | None, dtype: Dtype) -
         for key, parameter in plain.named_parameters(recurse=False):
             parameter.data = _put(stored[key], parameter.data, target, f"{name}.{key}")
             settled.add(id(parameter))
+        _return_freed_memory()
     for name, parameter in model.named_parameters():
         if id(parameter) not in settled:
             parameter.data = _put(parameter.data, parameter.data, target, name)
@@ -236,6 +238,12 @@ def _put(place: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, name: str
             "Set merge.dtype=bfloat16."
         )
     return place.view(dtype).copy_(found) if place.dtype.itemsize == dtype.itemsize else found
+
+
+def _return_freed_memory() -> None:
+    """Let glibc hand back what freed tensors left in its heap: unasked it kept more than the model itself takes."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def save(model: PreTrainedModel, base: Path, folder: Path) -> None:

@@ -54,8 +54,8 @@ COMPARED = (  # the metrics of MLflow's runs table, most wanted first; metrics/*
 
 NOT_COMPARED = "test/*_ood/*"  # rows out of distribution have their place on the evaluation page
 
-MAX_OF_A_STAGE = 13
-"""With it 10 metrics named in full, 13 of evaluate and 7 export formats are 30, more than which nobody compares."""
+MAX_OF_A_STAGE, MAX_FORMATS = 13, 7
+"""With them 10 metrics named in full, 13 of evaluate and 7 export formats are 30, more than which nobody compares."""
 
 MAX_POINTS = 1000
 """Of a live curve: no screen shows more, and a store of many long runs stays quick."""
@@ -278,9 +278,16 @@ def report(stage: str, metrics: Mapping[str, float], measured: Mapping[str, floa
 
 
 def compared(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Of one stage's metrics those that the runs table shows, in the order of COMPARED, at most MAX_OF_A_STAGE."""
+    """Of one stage's metrics those that the runs table shows, in the order of COMPARED, at most MAX_OF_A_STAGE.
+
+    Of formats at most MAX_FORMATS.
+    """
     names = [name for name in sorted(metrics) if not fnmatch.fnmatch(name, NOT_COMPARED)]
-    chosen = {name: metrics[name] for pattern in COMPARED for name in names if fnmatch.fnmatch(name, pattern)}
+    chosen: dict[str, float] = {}
+    for pattern in COMPARED:
+        matching = fnmatch.filter(names, pattern)
+        most = MAX_FORMATS if pattern.startswith("export/") else MAX_OF_A_STAGE
+        chosen |= {name: metrics[name] for name in matching[:most]}
     return dict(list(chosen.items())[:MAX_OF_A_STAGE])
 
 

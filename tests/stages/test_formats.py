@@ -30,10 +30,9 @@ from stages.lib.errors import DataError, ExternalError, ModelError
 from stages.lib.export.formats import EXPORTERS, gguf, gguf_lora
 from stages.lib.export.formats.exporter import Request, Trained
 from stages.lib.schema.export import Export, Format
-from stages.lib.schema.merge import Base, Dtype
 from stages.lib.schema.numerics import Quantization
 from tests.conftest import ROOT
-from tests.exported import NUMERICS, make_inputs
+from tests.exported import MERGE, NUMERICS, make_inputs
 
 ROWS = [[1, 20, 30, 40, 50, 60, 70, 80], [1, 33, 70, 12, 9]]
 PLAIN = replace(NUMERICS, quantization=Quantization.none)
@@ -46,8 +45,8 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_inputs(tiny_model_dir)
-        merged = merging.merge(Path("models/base"), Path("models/adapter"), Base.dequantized, NUMERICS)
-        merging.save(merged, Path("models/base"), Path("models/merged"), Dtype.float16)
+        merged = merging.merge(Path("models/base"), Path("models/adapter"), MERGE, NUMERICS)
+        merging.save(merged, Path("models/base"), Path("models/merged"))
     values = yaml.safe_load((ROOT / "conf/export/gguf_and_nf4.yaml").read_text()) | {"gguf_pre_tokenizer": "gpt-2"}
     places = (folder / "models/base", folder / "models/adapter", folder / "models/merged", folder / "data/splits")
     return Trained("tiny-tuned", *places, folder, Export(**values), NUMERICS)
@@ -284,7 +283,7 @@ def test_an_architecture_the_converter_does_not_know_is_one_message(trained: Tra
 def test_a_full_disk_is_said_whatever_a_library_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(words: str) -> None:
         (tmp_path / "full.py").write_text(f"import sys\nsys.exit({words!r})\n")
-        apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", PYTHONPATH=str(tmp_path))
+        apart.run("writing gguf_q8_0", "full", writes=tmp_path / "file", environment={"PYTHONPATH": str(tmp_path)})
 
     with pytest.raises(ExternalError, match="failed with code 1"):
         fail("RuntimeError: failed with code 1")

@@ -218,7 +218,8 @@ def comes_back(base: Path, folder: Path, p: Lora, n: Numerics) -> None:
     merged = merging.merge(base, folder, MERGE, n)
     assert not [name for name, _ in merged.named_modules() if "lora" in name or "modules_to_save" in name]
     close = 0.05 if n.quantization is Quantization.int8 else 1e-5  # 8-bit layers round their inputs, merged ones do not
-    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=close)
+    merging.save(merged, base, folder / "merged")
+    torch.testing.assert_close(logits(models.load_dense(folder / "merged", n)), logits(model), rtol=0, atol=close)
 
 
 @pytest.mark.parametrize(("alpha_mode", "scaling"), [("fixed", 2.0), ("ratio", 32.0), ("rslora", 8.0)])
@@ -303,6 +304,20 @@ def test_embeddings_trained_whole_come_back_and_merge_tied_as_they_were(
     merging.save(merging.merge(base, tmp_path / "adapter", MERGE, NF4), base, tmp_path / "merged")
     torch.testing.assert_close(logits(models.load_dense(tmp_path / "merged", NF4)), logits(model), rtol=0, atol=1e-5)
     assert files.read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] == is_tied
+
+
+def test_an_output_embedding_trained_alone_is_untied_by_the_merge(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_tied", lambda base: [])  # as another tool would write it, without tying
+    p = recipe(Method.lora, modules_to_save=["lm_head"])
+    model = tuned(adapters.add_adapter(models.load_base(tiny_model_dir, NF4), p))
+    adapters.save(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merged = merging.merge(tiny_model_dir, tmp_path / "adapter", MERGE, NF4)
+    merging.save(merged, tiny_model_dir, tmp_path / "merged")
+    torch.testing.assert_close(logits(models.load_dense(tmp_path / "merged", NF4)), logits(model), rtol=0, atol=1e-5)
+    assert files.read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] is False
 
 
 def untied(base: Path, folder: Path) -> Path:

@@ -59,3 +59,20 @@ def test_a_layer_of_zeros_is_seen(tiny_model_dir: Path) -> None:
 def test_gaps_are_over_the_likely_candidates_of_every_token() -> None:
     found = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
     assert fidelity.gaps(found, [{0: -1.25, 1: -2.0}, {1: -3.5, 0: -9.0}]) == pytest.approx([0.25, 0.0, 0.5])
+
+
+def test_the_reference_is_no_distance_from_itself_and_has_its_own_perplexity() -> None:
+    expected = fidelity.Reference([[0, 1]], 1, [torch.tensor([[0.25, 0.75]]).log()])
+    found = fidelity.itself(expected)
+    assert (found.kl_mean, found.top1, found.perplexity_ratio) == (0.0, 1.0, 1.0)
+    assert found.perplexity == pytest.approx(1 / 0.75)
+
+
+def test_a_model_that_reads_rows_behind_longer_texts_is_asked_for_the_same_tokens(tiny_model_dir: Path) -> None:
+    model = models.load_dense(tiny_model_dir, NUMERICS)
+    rows = [[5, 6, 7, 8], [5, 6, 10]]
+    asked = fidelity.behind(model, [[9, 9, 9, *row] for row in rows])  # both behind the same, which is read once
+    for row in rows:
+        found = asked(row, 2)
+        torch.testing.assert_close(found, fidelity.log_probs(model, [9, 9, 9, *row], 5), atol=1e-5, rtol=0)
+        assert found.shape == fidelity.log_probs(model, row, 2).shape

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import env_vllm
 from commands.install import has_cpu_build, torch_options, uv_install, variables
 from tests.conftest import run
 
@@ -26,7 +27,18 @@ def test_torch_comes_without_cuda_exactly_where_there_is_no_gpu(
     assert torch_options(has_gpu=has_gpu, links=links, has_cpu_build=bool(links)) == options
     command = uv_install(Path(".venv/bin/python"), options)
     assert command[:3] == [".venv/bin/uv", "pip", "install"]
-    wanted = ["--requirements", "pyproject.toml", "--extra", "dev", "--extra", "ray"]
+    wanted = [
+        "--requirements",
+        "pyproject.toml",
+        "--extra",
+        "dev",
+        "--extra",
+        "ray",
+        "--extra",
+        "sbom",
+        "--extra",
+        "serve",
+    ]
     assert command[-8:] == ["--constraints", "requirements.lock", *wanted]
 
 
@@ -78,3 +90,14 @@ def test_the_lock_names_no_local_build_and_no_registry() -> None:
     lock = (Path(__file__).resolve().parents[2] / "requirements.lock").read_text()
     assert "torch==2.13.0\n" in lock
     assert "://" not in lock
+
+
+def test_llmcompressor_gets_an_environment_of_its_own_by_its_own_lock() -> None:
+    create, fill = env_vllm.steps(["--find-links", "wheels"])
+    assert create[-1] == ".venv-llmcompressor"
+    assert fill[:5] == [".venv/bin/uv", "pip", "install", "--quiet", "--python"]
+    assert fill[5] == ".venv-llmcompressor/bin/python"
+    assert fill[-6:] == [
+        *("--find-links", "wheels"),
+        *("--constraints", "requirements-llmcompressor.lock", "llmcompressor", "torch"),
+    ]

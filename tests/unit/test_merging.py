@@ -1,19 +1,23 @@
 """merging: the merged weights are W + (alpha / r) B A, and what is saved needs nothing else."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from stages.lib import adapters, chat, fidelity, files, merging, models
-from stages.lib.errors import ModelError
+from stages.lib import adapters, chat, fidelity, files, merging, models, others
+from stages.lib.errors import ConfigError, ModelError
 from stages.lib.requantizing import Requantized
-from stages.lib.schema.lora import Lora, Method
-from stages.lib.schema.merge import Base, Dtype
+from stages.lib.schema.lora import AlphaMode, Lora, Method
+from stages.lib.schema.merge import Base, Combination, Dtype
 from stages.lib.schema.numerics import Quantization
+from tests.conftest import ROOT, run, throwaway_tokenizer
 from tests.exported import MERGE, NUMERICS, make_adapter
 
 PROJECTION = "model.layers.1.self_attn.q_proj"
@@ -152,3 +156,133 @@ def test_merging_in_the_pages_of_the_bases_files_leaves_the_files_as_they_are(
     before = files.sha256(tiny_model_dir / "model.safetensors")
     merging.merge(tiny_model_dir, adapter, replace(MERGE, dtype=Dtype.bfloat16), NUMERICS)
     assert files.sha256(tiny_model_dir / "model.safetensors") == before
+
+
+def another(base: Path, folder: Path, *, weight: float = 1.0, seed: int = 2, **recipe: Any) -> dict[str, Any]:
+    """An entry of merge.adapters, for an adapter of its own: rank 4, scaling 2, B random."""
+    p = Lora(4, 8.0, 0.0, ["q_proj", "down_proj"], **recipe)
+    torch.manual_seed(seed)
+    model = adapters.add_adapter(models.load_base(base, NUMERICS), p)
+    for name, parameter in adapters.trainable(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    adapters.save(model, folder)
+    return {"path": str(folder), "sha256": others.sha256(folder), "weight": weight}
+
+
+def update(adapter: Path, scaling: float) -> torch.Tensor:
+    stem, stored = f"base_model.model.{PROJECTION}", load_file(adapter / "adapter_model.safetensors")
+    return scaling * stored[f"{stem}.lora_B.weight"] @ stored[f"{stem}.lora_A.weight"]
+
+
+@pytest.mark.parametrize("alpha_mode", [AlphaMode.fixed, AlphaMode.rslora])
+def test_several_adapters_merge_as_the_weighted_sum_of_their_updates(
+    tiny_model_dir: Path, tmp_path: Path, alpha_mode: AlphaMode
+) -> None:
+    own, entry = tmp_path / "own", another(tiny_model_dir, tmp_path / "other", weight=-0.75)
+    another(tiny_model_dir, own, alpha_mode=alpha_mode, seed=3)
+    p = replace(MERGE, base=Base.original, adapters={"other": entry}, weight=0.25)
+    scaling = 4.0 if alpha_mode is AlphaMode.rslora else 2.0
+    base = load_file(tiny_model_dir / "model.safetensors")[f"{PROJECTION}.weight"].float()
+    expected = base + 0.25 * update(own, scaling) - 0.75 * update(tmp_path / "other", 2.0)
+    merged = merging.merge(tiny_model_dir, own, p, NUMERICS)
+    torch.testing.assert_close(merged.get_submodule(PROJECTION).weight, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [pytest.param(each, marks=() if each is Combination.dare_ties else pytest.mark.slow) for each in Combination],
+)
+def test_every_combination_is_the_model_it_is_measured_against_and_the_same_again(
+    tiny_model_dir: Path, adapter: Path, tmp_path: Path, combination: Combination
+) -> None:
+    entry = another(tiny_model_dir, tmp_path / "other")
+    p = replace(MERGE, combination=combination, adapters={"other": entry})
+    tuned = merging.trained(tiny_model_dir, adapter, p, NUMERICS)
+    merged = [merging.merge(tiny_model_dir, adapter, p, NUMERICS) for _ in range(2)]
+    ids = torch.tensor([[1, 5, 9, 30, 7]])
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        torch.testing.assert_close(merged[0](input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(merged[1](input_ids=ids).logits, merged[0](input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_what_dare_drops_follows_the_seed(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    entry = another(tiny_model_dir, tmp_path / "other")
+    p = replace(MERGE, combination=Combination.dare_linear, adapters={"other": entry})
+    weights = [
+        merging.merge(tiny_model_dir, adapter, replace(p, seed=seed), NUMERICS).get_submodule(PROJECTION).weight
+        for seed in (1, 2)
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_adapters_that_cannot_be_combined_are_refused_before_a_model_is_loaded(
+    tiny_model_dir: Path, adapter: Path, tmp_path: Path
+) -> None:
+    entry = another(tiny_model_dir, tmp_path / "other")
+
+    def refused(entry: dict[str, Any], message: str, fault: type[Exception] = ConfigError, **more: Any) -> None:
+        with pytest.raises(fault, match=message):
+            merging.check(adapter, replace(MERGE, adapters={"other": entry}, **more))
+
+    refused(
+        entry | {"sha256": None}, r"merge\.adapters\.other\.sha256: found None.*have " + entry["sha256"], ModelError
+    )
+    refused(entry | {"path": "/nowhere"}, r"merge\.adapters\.other\.path: found '/nowhere'", ModelError)
+    refused({"path": "x"}, r"merge\.adapters: found \['other'\], expected .*weight")
+    dora = another(tiny_model_dir, tmp_path / "dora", method=Method.dora)
+    refused(dora, r"(?s)merge\.adapters: .*other is lora\+use_dora.*expected plain LoRA")
+    pissa = another(tiny_model_dir, tmp_path / "pissa", method=Method.pissa)
+    refused(pissa, r"(?s)ranks are .*'other': 8.*combination=ties; cat takes any", combination=Combination.ties)
+
+
+def test_an_adapter_of_another_base_is_not_combined(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    entry = another(tiny_model_dir, tmp_path / "other")
+    foreign = changed(tmp_path / "other", tmp_path / "other", lambda weights: weights.update({B: torch.ones(300, 4)}))
+    entry["sha256"] = others.sha256(foreign)
+    with pytest.raises(ModelError, match=r"(?s)other: does not fit models/base.*size mismatch.*merge\.adapters"):
+        merging.trained(tiny_model_dir, adapter, replace(MERGE, adapters={"other": entry}), NUMERICS)
+
+
+@pytest.mark.slow
+def test_a_merge_takes_at_most_1_3_times_the_16_bit_size_in_memory(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    throwaway_tokenizer().save_pretrained(base)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    make_adapter(base, adapter)
+    done = run(ROOT, sys.executable, "-c", MEASURED_MERGE, str(base), str(adapter), str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert size > 700e6
+    assert int(done.stdout) < 1.3 * size
+
+
+MEASURED_MERGE = """
+import re, sys
+from dataclasses import replace
+from pathlib import Path
+
+def memory(what):
+    return 1024 * int(re.search(rf"{what}:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+from stages.lib import merging
+from stages.lib.schema.merge import Base, Combination, Dtype
+from tests.conftest import ROOT, run, throwaway_tokenizer
+from tests.exported import MERGE, NUMERICS
+
+before = memory("VmRSS")
+base, adapter, merged = map(Path, sys.argv[1:])
+p = replace(MERGE, dtype=Dtype.float16)
+merging.save(merging.merge(base, adapter, p, NUMERICS), base, merged)
+print(memory("VmHWM") - before)
+"""

@@ -94,13 +94,18 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.fixture(scope="module")
-def url(base: Path, folders: dict[str, Path]) -> Iterator[str]:
+def engine(base: Path, folders: dict[str, Path]) -> Iterator[Any]:
     from stages.lib.serving.adapters import Adapters
 
-    engine = Adapters(base, folders, NUMERICS, context=512, slots=2)
+    made = Adapters(base, folders, NUMERICS, context=512, slots=2)
+    yield made
+    made.turns.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine) -> Iterator[str]:
     with running(engine) as (address, _):
         yield address
-    engine.turns.close()
 
 
 def test_each_adapter_answers_as_it_does_alone_whoever_asks_beside(url, base, folders) -> None:
@@ -164,16 +169,22 @@ def test_what_may_still_change_is_not_sent(text: str, stops: list[str], expected
     assert settled(text, stops) == expected
 
 
-def test_a_client_that_leaves_frees_its_slot(url) -> None:
+def test_a_client_that_leaves_frees_its_slot(url, engine) -> None:
     before = health(url)["left"]
     body = {"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+    begun = []
     for _ in range(3):  # of two slots
         with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, trust_env=False) as answer:
-            next(answer.iter_lines())
+            for _, _ in zip(range(3), filter(None, answer.iter_lines()), strict=False):
+                begun += engine.turns._running
     deadline = time.monotonic() + 5
     while (found := health(url))["running"] and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (found["running"], found["left"]) == (0, before + 3)
+    while engine.turns._running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert begun
+    assert all(len(one._ids) < 400 for one in begun)  # nothing was written to the end for nobody
     assert chat(url, model="one", max_tokens=2).status_code == 200
 
 

@@ -1,13 +1,19 @@
 """The model card: what the model is, what it was trained and measured on, where its limits are, how to run it."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from stages.lib.export.ladder import Rung, tasks
 from stages.lib.schema.base_model import BaseModel
-from stages.lib.schema.data import Data
+from stages.lib.schema.data import Data, Source
+from stages.lib.schema.lora import FROM_WEIGHTS
+from stages.lib.schema.numerics import Numerics, Quantization
 
 MEASURES = {
     "loss": "loss per answer token, nats",
@@ -20,59 +26,76 @@ MEASURES = {
 }
 DATASETS = {
     "python_docs": "Documentation of the pinned packages {packages}: the parameters of a function as a JSON object, "
-    "and the one-line summary of a function. The text stays under the packages' own BSD licences.",
+    "and the one-line summary of a function.",
     "local": "A file of the user's own, `{file}`.",
     "hub": "Hugging Face data set `{id}` at revision `{revision}`.",
     "url": "`{url}` (sha256 `{sha256}`).",
 }
+HELD = {
+    Quantization.nf4: "4-bit NF4",
+    Quantization.fp4: "4-bit FP4",
+    Quantization.int8: "8-bit integers (LLM.int8)",
+    Quantization.none: "16 bit",
+}
+STARTS = {"pissa": "PiSSA", "olora": "OLoRA", "dora": "DoRA", "lora": "LoRA"}
 
 
-def write(
-    path: Path,
-    *,
-    name: str,
-    base: BaseModel,
-    source: Mapping[str, Any],
-    data: Data,
-    adapter: Mapping[str, Any],
-    evaluated: Mapping[str, float],
-    merged: Mapping[str, float],
-    formats: Sequence[Mapping[str, Any]],
-    exported: Mapping[str, float],
-    gguf: str | None,
-    stops: Sequence[str],
-    has_modelfile: bool,
-) -> None:
-    """Write README.md with the hub's metadata block.
+@dataclass(frozen=True)
+class Facts:
+    """What a card says.
 
-    Args: source: models/base/source.json. adapter: adapter_config.json. evaluated, merged: metrics of those stages.
-        formats: rows of plots/formats.csv. exported: metrics of quantize_export. gguf: the file recommended for
-        llama.cpp. stops: texts of the stop tokens.
+    source: models/base/source.json. adapter, trained: adapter_config.json and trained.json. evaluated: metrics of
+    evaluate. metrics: of quantize_export. rungs: of the ladder. files: name of each format's file or folder. skipped:
+    formats that were asked for and could not be written, with the reason. recommended: the GGUF file for llama.cpp.
+    stops: texts of the stop tokens.
     """
+
+    name: str
+    base: BaseModel
+    source: Mapping[str, Any]
+    data: Data
+    adapter: Mapping[str, Any]
+    trained: Mapping[str, Any]
+    numerics: Numerics
+    confidence: float
+    evaluated: Mapping[str, float]
+    metrics: Mapping[str, float]
+    rungs: Sequence[Rung]
+    files: Mapping[str, str]
+    skipped: Mapping[str, str]
+    recommended: str | None
+    stops: Sequence[str]
+    has_modelfile: bool
+
+
+def write(path: Path, f: Facts) -> None:
+    """Write README.md with the hub's metadata block."""
     head = ModelCardData(
-        base_model=base.id,
-        license=base.license,
+        base_model=f.base.id,
+        license=f.base.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["qlora", "lora", *(["gguf"] if gguf else [])],
+        tags=["qlora", "lora", *(["gguf"] if f.recommended else [])],
+        model_name=f.name,
+        eval_results=_eval_results(f),
     )
     parts = [
         f"---\n{head.to_yaml()}\n---",
-        f"# {name}",
-        f"A QLoRA fine-tune of [{base.id}]({base.license_url}), merged and exported.",
-        f"## Data\n\n{_dataset(data)} Near-duplicates are removed, and no row or group of test is in train.",
-        _method(source, adapter, merged),
-        _results(evaluated),
-        _formats(formats, exported),
-        _limits(source),
-        _usage(name, gguf, stops, has_modelfile),
-        f"## Licence\n\nThe weights derive from {base.id}, licensed {base.license} ({base.license_url}). "
-        "See LICENSE.md.",
+        f"# {f.name}",
+        f"A QLoRA fine-tune of [{f.base.id}]({f.base.license_url}), merged and exported.",
+        f"## Data\n\n{_dataset(f.data)} Near-duplicates are removed, and no row or group of test is in train.",
+        _method(f),
+        _results(f),
+        _ladder(f),
+        _limits(f),
+        _usage(f),
+        f"## Licence\n\nThe weights derive from {f.base.id}, licensed {f.base.license} ({f.base.license_url}).\n\n"
+        f"Data: {_data_licence(f.data)}\n\nSee LICENSE.md.",
     ]
     path.write_text(str(ModelCard("\n\n".join(parts) + "\n")), encoding="utf-8")
 
 
-def license_note(base: BaseModel, carried: Sequence[str]) -> str:
+def license_note(base: BaseModel, data: Data, carried: Sequence[str]) -> str:
     """Args: carried: files of the base model's licence beside the note."""
     beside = f"Its own files lie beside this one: {', '.join(carried)}.\n" if carried else ""
     notice = f"{base.license_notice}\n" if base.license_notice else ""
@@ -80,7 +103,8 @@ def license_note(base: BaseModel, carried: Sequence[str]) -> str:
         f"# Licence\n\nThese weights are a modified version of {base.id}, which is licensed {base.license}:\n"
         f"{base.license_url}\n{beside}{notice}\n"
         "Modifications: low-rank adapters were trained and added to the weights, which were then "
-        "converted and quantized.\nPass this note and the licence's own text on with any copy.\n"
+        "converted and quantized.\nPass this note and the licence's own text on with any copy.\n\n"
+        f"Data they were trained on: {_data_licence(data)}\n"
     )
 
 
@@ -93,34 +117,83 @@ def _dataset(data: Data) -> str:
     return " ".join(told)
 
 
-def _method(source: Mapping[str, Any], adapter: Mapping[str, Any], merged: Mapping[str, float]) -> str:
+def _data_licence(data: Data) -> str:
+    """Of packages what they declare; of other data nobody told this pipeline, and the card says so."""
+    told = []
+    for source in data.each().values():
+        if source.source is Source.python_docs:
+            told += [f"{package}: {_declared(package)}." for package in source.packages]
+        elif source.source is Source.hub:
+            told.append(f"see the card of https://huggingface.co/datasets/{source.id}.")
+        else:
+            told.append("the licence of the file named above was not recorded: name it before you publish.")
+    return " ".join(told)
+
+
+def _declared(package: str) -> str:
+    """The licence in a package's own metadata, in one line."""
+    about: Any = metadata.metadata(package)
+    for key in ("License-Expression", "License"):
+        if text := about.get(key):
+            return str(text).strip().splitlines()[0]
+    named = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or () if line.startswith("License ::")]
+    return ", ".join(named) or "none declared"
+
+
+def _eval_results(f: Facts) -> list[EvalResult] | None:
+    """The tuned model's task scores on the test split, as the hub's model index; the data set is the run's own."""
+    sources = ", ".join(sorted({str(source.source) for source in f.data.each().values()}))
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="custom",
+            dataset_name=f"{sources}, task {task}",
+            dataset_split="test",
+            metric_type=measure,
+            metric_name=MEASURES.get(measure, measure),
+            metric_value=round(f.evaluated[f"test/{task}/{measure}/tuned"], 4),
+        )
+        for task, _, measure in (name.rpartition("/") for name in tasks(f.rungs))
+        if f"test/{task}/{measure}/tuned" in f.evaluated
+    ]
+    return found or None
+
+
+def _method(f: Facts) -> str:
+    merged = next(rung.figures for rung in f.rungs if rung.name == "merged")
     return (
-        f"## Method\n\n{_trained(adapter)}, trained over the base "
-        "frozen in 4-bit NF4. The adapter was then merged in 32 bit. "
-        f"Against 4-bit base + adapter the merged model has a mean KL divergence of {merged['merge/kl/mean']:.2g} nats "
-        f"per token and agrees on {merged['merge/top1']:.1%} of the most likely tokens.\n\n"
-        f"Base weights: {source['origin']}, revision `{source['revision']}`."
+        f"## Method\n\n{_trained(f)}, trained over the base frozen in {HELD[f.numerics.quantization]}. The adapter was "
+        "then merged in 32 bit. Against the base so held with its adapter the merged model has a mean KL divergence of "
+        f"{merged['kl/mean']:.2g} nats per token and agrees on {merged['top1']:.1%} of the most likely tokens.\n\n"
+        f"Base weights: {f.source['origin']}, revision `{f.source['revision']}`."
     )
 
 
-def _trained(adapter: Mapping[str, Any]) -> str:
-    """What was trained, from adapter_config.json."""
-    modules = adapter["target_modules"]
+def _trained(f: Facts) -> str:
+    """What was trained, by the ranks that were configured: adapters that start from weights are stored at twice it."""
+    modules = f.adapter["target_modules"]
     if isinstance(modules, str):  # no layer has an adapter: weights were trained themselves
-        return f"The weights of {len(adapter['modules_to_save'])} modules"
+        return f"The weights of {len(f.adapter['modules_to_save'])} modules"
     last = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
-    if "r" not in adapter:
+    if "r" not in f.adapter:
         return f"IA3 vectors on {last}"
-    dropout = f"dropout {adapter['lora_dropout']:g}"
-    return f"LoRA adapters of rank {adapter['r']} (alpha {adapter['lora_alpha']:g}, {dropout}) on {last}"
+    method = f.trained["method"]
+    times = 2 if method in map(str, FROM_WEIGHTS) else 1
+    dropout = f"dropout {f.adapter['lora_dropout']:g}"
+    return (
+        f"{STARTS[method]} adapters of rank {f.adapter['r'] // times} (alpha {f.adapter['lora_alpha'] / times:g}, "
+        f"{dropout}) on {last}"
+    )
 
 
-def _results(evaluated: Mapping[str, float]) -> str:
+def _results(f: Facts) -> str:
     """One row for each `test/<task>/<measure>/{base,fewshot,tuned,delta,low,high}`."""
+    evaluated = f.evaluated
     lines = [
         "## Results on the held-out test split",
         "",
-        "Same prompts and greedy decoding for every arm; the interval is a paired bootstrap over rows.",
+        f"Same prompts and greedy decoding for every arm; the interval, at {f.confidence:.0%}, is a paired bootstrap "
+        "over rows.",
         "",
         "| task | measure | base | base, with examples | tuned | tuned - base | interval |",
         "|---|---|---|---|---|---|---|",
@@ -132,7 +205,7 @@ def _results(evaluated: Mapping[str, float]) -> str:
         _, *task, measure = stem.split("/")
         cells = [f"{evaluated[f'{stem}/{arm}']:.3f}" if f"{stem}/{arm}" in evaluated else "" for arm in _ARMS]
         interval = f"{evaluated[f'{stem}/low']:+.3f} to {evaluated[f'{stem}/high']:+.3f}"
-        label = MEASURES[measure] if measure in MEASURES else measure
+        label = MEASURES.get(measure, measure)
         lines.append(f"| {'/'.join(task)} | {label} | {' | '.join(cells)} | {evaluated[key]:+.3f} | {interval} |")
     return "\n".join(lines)
 
@@ -140,47 +213,76 @@ def _results(evaluated: Mapping[str, float]) -> str:
 _ARMS = ("base", "fewshot", "tuned")
 
 
-def _formats(formats: Sequence[Mapping[str, Any]], exported: Mapping[str, float]) -> str:
-    """One row for each format; the last column from `export/<format>/task/<task>/<measure>/{delta,low,high}`."""
+def _ladder(f: Facts) -> str:
+    """One row for each rung; the last column from its task scores."""
     lines = [
-        "## Formats",
+        "## Formats, and what is left of the trained model in them",
         "",
-        "Each file was loaded again through transformers (GGUF dequantized) and compared with the merged model on "
-        "held-out conversations. The task score is that of answers written by llama.cpp itself, minus the tuned "
-        "model's on the same rows, with its paired bootstrap interval.",
+        f"The trained model is the base in {HELD[f.numerics.quantization]} with its adapter; every figure compares "
+        "with it, on the same tokens of held-out conversations. Each format was loaded again (GGUF through "
+        "transformers, dequantized). The task score is that of answers which the format's own runtime wrote, minus the "
+        f"tuned model's on the same rows, with its paired bootstrap interval at {f.confidence:.0%}.",
         "",
-        "| format | MiB | bits per weight | mean KL, nats | 99th percentile KL | same top-1 | perplexity ratio "
+        "![Fidelity ladder](ladder.svg)",
+        "",
+        "| model | MiB | bits per weight | perplexity ratio | mean KL, nats | 99th percentile KL | same top-1 "
         "| task score, minus tuned |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in formats:
-        lines.append(
-            f"| {row['format']} | {row['mib']:.1f} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.2g} | "
-            f"{row['kl_p99']:.2g} | {row['top1']:.1%} | {row['perplexity_ratio']:.4f} | "
-            f"{_task_scores(exported, row['format'])} |"
-        )
+    for rung in f.rungs:
+        cells = [
+            pattern.format(rung.figures[key]) if key in rung.figures else ""
+            for key, pattern in (
+                ("mib", "{:.1f}"),
+                ("bits_per_weight", "{:.2f}"),
+                ("perplexity_ratio", "{:.4f}"),
+                ("kl/mean", "{:.2g}"),
+                ("kl/p99", "{:.2g}"),
+                ("top1", "{:.1%}"),
+            )
+        ]
+        lines.append(f"| {rung.label} | {' | '.join(cells)} | {_task_scores(rung)} |")
+    if f.skipped:
+        lines += ["", f"Asked for and not written: {'; '.join(f'{form} ({why})' for form, why in f.skipped.items())}."]
+    chats = {name: f.metrics[f"export/{name}/round_trip/chats"] for name in f.files if _was_asked(f, name)}
+    if chats:
+        parsed = max(f.metrics[f"export/{name}/round_trip/control_text"] for name in chats)
+        lines += [
+            "",
+            f"{max(chats.values()):.0f} chats are written and read token for token as in training by each format's own "
+            f"runtime. In {parsed:.0f} of them the words hold what looks like a control token: runtimes read it as "
+            "one, training read it as text.",
+        ]
     return "\n".join(lines)
 
 
-def _task_scores(exported: Mapping[str, float], form: str) -> str:
-    prefix = f"export/{form}/task/"
-    stems = sorted(key.removesuffix("/delta") for key in exported if key.startswith(prefix) and key.endswith("/delta"))
+def _was_asked(f: Facts, name: str) -> bool:
+    return f"export/{name}/round_trip/chats" in f.metrics
+
+
+def _task_scores(rung: Rung) -> str:
     shown = []
-    for stem in stems:
-        *task, measure = stem.removeprefix(prefix).split("/")
-        low, high = exported[f"{stem}/low"], exported[f"{stem}/high"]
-        label = MEASURES[measure] if measure in MEASURES else measure
-        shown.append(f"{'/'.join(task)}, {label}: {exported[f'{stem}/delta']:+.3f} ({low:+.3f} to {high:+.3f})")
+    for name, score in rung.scores.items():
+        task, _, measure = name.rpartition("/")
+        label = MEASURES.get(measure, measure)
+        shown.append(f"{task}, {label}: {score.delta:+.3f} ({score.low:+.3f} to {score.high:+.3f})")
     return "; ".join(shown)
 
 
-def _limits(source: Mapping[str, Any]) -> str:
+def _limits(f: Facts) -> str:
     limits = [
         "- Trained for the tasks above; other abilities of the base were not measured and may have suffered.",
         "- Answers can be wrong or invented. Nothing was done for safety beyond what the base does.",
         "- Figures hold for greedy decoding and for prompts written as in training.",
     ]
-    weights = source["weights"] if "weights" in source else ""
+    general = [f.evaluated.get(f"general/perplexity/{arm}", math.nan) for arm in ("base", "tuned")]
+    if not any(map(math.isnan, general)):
+        limits[0] = (
+            "- Trained for the tasks above. Perplexity on general prose went from "
+            f"{general[0]:.1f} to {general[1]:.1f}; other abilities of the base were not measured and may have "
+            "suffered."
+        )
+    weights = f.source.get("weights", "")
     if "dequantized" in weights:
         limits.insert(
             0, f"- The base weights themselves were {weights}: they are not bit for bit the ones that were published."
@@ -188,28 +290,52 @@ def _limits(source: Mapping[str, Any]) -> str:
     return "## Limits\n\n" + "\n".join(limits)
 
 
-def _usage(name: str, gguf: str | None, stops: Sequence[str], has_modelfile: bool) -> str:
-    parts = [
-        "## Use",
-        "transformers, from the folder of the merged model (or `bnb_nf4`, with bitsandbytes installed):",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "models/merged"\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        'chat = [{"role": "user", "content": "..."}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")\n"
-        "answer = model.generate(**inputs, max_new_tokens=96, do_sample=False)\n"
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
-        "```",
-    ]
-    if gguf:
-        parts += ["llama.cpp:", f"```sh\nllama-cli -m {gguf} --jinja --temp 0 -cnv\n```"]
-        parts += ["Ollama, in the folder of the Modelfile:"] if has_modelfile else []
-        parts += [f"```sh\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"] * has_modelfile
-        if not has_modelfile:
+def _usage(f: Facts) -> str:
+    """How to run what is there, and nothing else."""
+    folders = {form: name for form, name in f.files.items() if form in _TRANSFORMERS}
+    served = {form: name for form, name in f.files.items() if form in _VLLM}
+    parts = ["## Use"]
+    if folders:
+        folder = next(iter(folders.values()))
+        needed = f" (needs {_TRANSFORMERS[next(iter(folders))]})" if _TRANSFORMERS[next(iter(folders))] else ""
+        parts += [
+            f"transformers{needed}:",
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'folder = "{folder}"\n'
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            'chat = [{"role": "user", "content": "..."}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+            ")\n"
+            "answer = model.generate(**inputs, max_new_tokens=96, do_sample=False)\n"
+            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
+            "```",
+        ]
+    if served:
+        parts += ["vLLM:", f"```sh\nvllm serve ./{next(iter(served.values()))}\n```"]
+    if f.recommended:
+        parts += ["llama.cpp:", f"```sh\nllama-cli -m {f.recommended} --jinja --temp 0 -cnv\n```"]
+        if f.has_modelfile:
+            name = f.name.lower()
+            parts += [
+                "Ollama, in the folder of the Modelfile:",
+                f"```sh\nollama create {name} -f Modelfile\nollama run {name}\n```",
+            ]
+        else:
             parts += ["No Ollama Modelfile comes with it: the chat template is more than a sequence of turns."]
-        parts += [f"Answers end with {' or '.join(f'`{stop}`' for stop in stops)}."]
+    parts += [f"Answers end with {' or '.join(f'`{stop}`' for stop in f.stops)}."]
     return "\n\n".join(parts)
+
+
+_TRANSFORMERS = {
+    "safetensors": "",
+    "bnb_int8": "bitsandbytes",
+    "bnb_nf4": "bitsandbytes",
+    "w8a8": "compressed-tensors",
+    "w4a16": "compressed-tensors",
+}
+"""Formats that transformers loads from their folder, the plainest first, and what it needs beside."""
+
+_VLLM = ("w8a8", "w4a16", "safetensors", "bnb_nf4")

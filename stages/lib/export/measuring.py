@@ -1,42 +1,41 @@
-"""Load every written format again and measure what it costs; one model in memory at a time."""
+"""Measure every rung of the ladder against the trained model, formats loaded again; one model at a time in memory."""
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from stages.lib import arms, chat, fidelity, held_out, models
+from stages.lib import arms, chat, fewshot, fidelity, held_out, merging, models, numerics, records, resident
+from stages.lib.comparison import TUNED
 from stages.lib.errors import GateError
-from stages.lib.export import task_score
-from stages.lib.export.formats.exporter import Request, Session, Trained
+from stages.lib.export import ladder, round_trip, task_score
+from stages.lib.export.formats.exporter import Request, Session, Size, Trained
 from stages.lib.export.writing import Written
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
-from stages.lib.schema.numerics import Numerics
+from stages.lib.schema.merge import Merge
+from stages.lib.schema.numerics import Numerics, Quantization
 
-THREE_TURNS = (
-    {"role": "user", "content": "What is 2 + 2?  Answer in one word."},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": 'And as JSON, {"sum": 4}?\n\nÜmläute, 漢字 and `code` too.'},
-)
-Predictions = Mapping[str, Mapping[str, Any]]
-"""Rows of predictions.parquet, arm `tuned`, by row id."""
+Predictions = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Rows of predictions.parquet by arm, then by row id."""
+
+BITS_OF_REST = 16  # of weights that numerics.quantization leaves alone, as published
+MIB = 2**20
 
 
 @dataclass
 class Found:
-    """metrics: flat. table: rows of plots/formats.csv. speeds: of this run only, no output holds them."""
+    """metrics: flat. measured: speeds and memory of this run only, no output holds them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    table: list[dict[str, Any]] = field(default_factory=list)
-    speeds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def by_format(self) -> dict[str, dict[str, Any]]:
-        return {row["format"]: {key: value for key, value in row.items() if key != "format"} for row in self.table}
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,19 @@ class Asked:
 
 
 def ask(
-    written: Sequence[Written], trained: Trained, test: Sequence[Mapping[str, Any]], p: Export, e: Evaluate
-) -> dict[str, Asked]:
-    """Let each format answer test rows in its own runtime, every task represented.
+    written: Sequence[Written],
+    trained: Trained,
+    test: Sequence[Mapping[str, Any]],
+    chats: round_trip.Expected,
+    p: Export,
+    e: Evaluate,
+) -> tuple[dict[str, Asked], Found]:
+    """Let each format write chats and answer test rows in its own runtime, every task represented.
 
-    Raises: GateError, when one writes a chat otherwise than training did; ExternalError, when a runtime crashes.
+    Raises: GateError, when files or runtime write a chat otherwise than training did; ExternalError, when a runtime
+    crashes.
     """
-    tokenizer = chat.load_tokenizer(trained.merged)
-    stop_ids = chat.stop_ids(tokenizer, trained.merged)
-    every = arms.questions(tokenizer, test)
+    every = arms.questions(chats.tokenizer, test)
     limits = {
         task: arms.answer_limit(
             [question for question in every if question.row["task"] == task],
@@ -75,151 +78,264 @@ def ask(
         for task in {question.row["task"] for question in every}
     }
     questions = {question.row["id"]: question for question in every}
-    found = {}
+    found, asked = Found(), {}
     for one in written:
+        round_trip.check_files(one.path, chats)
         count = p.answers[one.form] if one.form in p.answers else p.probes
-        asked = [questions[row["id"]] for row in held_out.spread(test, max(count, p.probes))]
+        chosen = [questions[row["id"]] for row in held_out.spread(test, max(count, p.probes))]
         request = Request(
-            chats=[THREE_TURNS],
-            prompts=[question.prompt for question in asked],
-            stop_ids=stop_ids,
-            max_new_tokens=max(limits[question.row["task"]] for question in asked) + 1,
+            chats=chats.chats,
+            prompts=[question.prompt for question in chosen],
+            stop_ids=chats.stop_ids,
+            max_new_tokens=max(limits[question.row["task"]] for question in chosen) + 1,
         )
-        session = one.exporter.ask(one.path, request, trained)
-        check_chat(one.path, session, tokenizer)
-        found[str(one.form)] = Asked(asked, limits, session)
-    return found
+        session, peak = resident.peak_mib(partial(one.exporter.ask, one.path, request, trained))
+        counts = round_trip.check_session(one.path.name, session, chats)
+        asked[str(one.form)] = Asked(chosen, limits, session)
+        stem = ladder.prefix(one.form)
+        found.metrics |= {f"{stem}/round_trip/{name}": count for name, count in counts.items()}
+        tokens = sum(len(answer.ids) for answer in session.answers)
+        found.measured[f"{stem}/tokens_per_second"] = round(tokens / session.seconds, 2)
+        found.measured |= _peak(stem, session.peak_mib or peak)
+    return asked, found
+
+
+def _peak(stem: str, mib: float | None) -> dict[str, float]:
+    return {} if mib is None else {f"{stem}/peak_mib": round(mib, 1)}
 
 
 def measure(
     written: Sequence[Written],
     asked: Mapping[str, Asked],
     trained: Trained,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Any]],
     predicted: Predictions,
     *,
     p: Export,
     e: Evaluate,
+    m: Merge,
     n: Numerics,
 ) -> Found:
-    """Measure every format against the merged model.
+    """Measure base, base with examples, merged model and every format against the trained one: 4-bit base + adapter.
 
-    Args: rows: held-out conversations as token ids.
-    Raises: GateError, when a format is further from the merged model than export.max_kl allows, or does not stop.
+    Args: rows: held-out rows.
+    Raises: GateError, when a format is further from the trained model than export.max_kl allows, or does not stop.
     """
-    found = Found()
-    reference_model = models.load_dense(trained.merged, n)
-    weights = sum(weight.numel() for weight in reference_model.parameters())
-    expected = fidelity.reference(fidelity.of(reference_model), rows)
-    for form, told in asked.items():
-        found.metrics |= _in_runtime(form, told, reference_model, predicted, p, e, trained.merged)
-        tokens = sum(len(answer.ids) for answer in told.session.answers)
-        found.speeds[f"export/{form}/tokens_per_second"] = round(tokens / told.session.seconds, 2)
-    del reference_model
-    gc.collect()
+    tokenizer = chat.load_tokenizer(trained.merged)
+    ids = [[int(token) for token in held_out.encode(tokenizer, row).input_ids] for row in rows]
+    found, expected, quantized = _reference(trained, tokenizer, rows, ids, asked, predicted, p, e, m, n)
 
-    faults = []
+    merged, peak = resident.peak_mib(lambda: _merged(trained, expected, n))
+    close, weights = merged
+    found.metrics |= close.metrics("ladder/merged")
+    found.measured |= _peak("ladder/merged", peak)
+    found.metrics |= _sizes(trained, quantized, weights, with_examples="fewshot" in predicted)
+
     for one in written:
+        stem = ladder.prefix(one.form)
         size = asdict(one.exporter.size(one.path, weights))
         close = fidelity.compare(expected, one.exporter.log_probs(one.path, trained))
         gc.collect()
-        found.metrics |= close.metrics(f"export/{one.form}")
-        found.metrics |= {f"export/{one.form}/{key}": value for key, value in size.items()}
-        found.table.append(
-            {"format": str(one.form)}
-            | size
-            | {
-                "kl_mean": close.kl_mean,
-                "kl_p99": close.kl_p99,
-                "perplexity_ratio": close.perplexity_ratio,
-                "top1": close.top1,
-                "loaded": one.exporter.measured_in,
-            }
-        )
-        if one.form in p.max_kl and not close.kl_mean <= p.max_kl[one.form]:
-            faults.append(f"{one.form}: mean KL {close.kl_mean:.3g} nats per token, at most {p.max_kl[one.form]:g}")
-    faults += [
-        f"{form}: ends {found.metrics[f'export/{form}/stopped_as_tuned']:.0%} of the answers that the tuned model ends "
-        f"by itself, at least {p.min_stopped:.0%}"
-        for form in asked
-        if not found.metrics.get(f"export/{form}/stopped_as_tuned", 1.0) >= p.min_stopped
+        found.metrics |= close.metrics(stem) | {f"{stem}/{key}": value for key, value in size.items()}
+    gate(written, found.metrics, p)
+    return found
+
+
+def _reference(
+    trained: Trained,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Mapping[str, Any]],
+    ids: Sequence[Sequence[int]],
+    asked: Mapping[str, Asked],
+    predicted: Predictions,
+    p: Export,
+    e: Evaluate,
+    m: Merge,
+    n: Numerics,
+) -> tuple[Found, fidelity.Reference, tuple[int, float]]:
+    """What one load of 4-bit base and adapter tells: the reference; the base, adapter off; the runtimes' answers.
+
+    Returns: figures; the reference; see quantized_bits.
+    """
+    found = Found()
+
+    def loaded() -> tuple[PeftModel, fidelity.Reference]:
+        on_cpu = numerics.resolve(n).device == "cpu"
+        model = merging.trained(trained.base, trained.adapter, m, n, dense=on_cpu)
+        return model, fidelity.reference(fidelity.of(model), ids)
+
+    (model, expected), peak = resident.peak_mib(loaded)
+    found.measured |= _peak("ladder/tuned", peak)
+    found.metrics |= fidelity.itself(expected).metrics("ladder/tuned")
+    with model.disable_adapter():
+        found.metrics |= fidelity.compare(expected, fidelity.of(model)).metrics("ladder/base")
+        if "fewshot" in predicted and (longer := _with_examples(trained, tokenizer, rows, expected, e)):
+            close = fidelity.compare(expected, fidelity.behind(model, longer))
+            found.metrics |= close.metrics("ladder/fewshot")
+    for form, told in asked.items():
+        found.metrics |= _in_runtime(form, told, model, tokenizer, predicted[TUNED], p, e)
+    asked_most = max((told for form, told in asked.items() if form in p.answers), key=_answered, default=None)
+    for arm in set(predicted) & {"base", "fewshot"}:
+        ids_asked = {question.row["id"] for question in asked_most.questions} if asked_most else set(predicted[TUNED])
+        answers = {id: row["answer"] for id, row in predicted[arm].items() if id in ids_asked}
+        found.metrics |= _scores(f"ladder/{arm}", answers, predicted[TUNED], e)
+    return found, expected, quantized_bits(model, n)
+
+
+def _answered(told: Asked) -> int:
+    return len(told.questions)
+
+
+def _with_examples(
+    trained: Trained,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Mapping[str, Any]],
+    expected: fidelity.Reference,
+    e: Evaluate,
+) -> list[list[int]] | None:
+    """Token ids of the rows behind the examples that evaluate shows; None where a row does not end them as it stands.
+
+    So it is with plain texts, and where a template writes a turn otherwise the further down it is.
+    """
+    examples = fewshot.choose(trained.splits / "train.parquet", {row["task"] for row in rows}, n=e.fewshot, seed=e.seed)
+    found = []
+    for row, ids in zip(rows, expected.rows, strict=True):
+        turns = records.conversation(row)
+        if turns is None:
+            return None
+        shown = fewshot.conversation(examples[row["task"]], turns)
+        longer = [int(token) for token in chat.encode(tokenizer, shown, row["tools"]).input_ids]
+        tail = list(ids[expected.skipped :])
+        if longer[-len(tail) :] != tail:
+            return None
+        found.append(longer)
+    return found
+
+
+def _merged(trained: Trained, expected: fidelity.Reference, n: Numerics) -> tuple[fidelity.Fidelity, int]:
+    """The merged model against the trained one; how many weights it has."""
+    model = models.load_dense(trained.merged, n)
+    return fidelity.compare(expected, fidelity.of(model)), sum(weight.numel() for weight in model.parameters())
+
+
+def quantized_bits(model: PeftModel, n: Numerics) -> tuple[int, float]:
+    """Weights that numerics.quantization holds in few bits, and how many bits each takes, scales included."""
+    base = model.get_base_model()
+    bits = {
+        Quantization.none: float(BITS_OF_REST),
+        Quantization.int8: 8.0,
+    }.get(n.quantization, 4 + (8 / 64 + 32 / (64 * 256) if n.double_quantization else 32 / 64))
+    layers = [
+        layer
+        for name, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and layer is not base.get_output_embeddings()
+        and not any(part in name for part in ("lora_", "modules_to_save"))
     ]
+    return sum(layer.in_features * layer.out_features for layer in layers), bits
+
+
+def _sizes(trained: Trained, quantized: tuple[int, float], weights: int, *, with_examples: bool) -> dict[str, float]:
+    """MiB and bits per weight of what is not exported; the base as it is held in memory, not as models/base stores it.
+
+    Args: quantized: see quantized_bits. weights: of the merged model.
+    """
+    count, bits = quantized
+    base = (count * bits + (weights - count) * BITS_OF_REST) / 8
+    adapter = (trained.adapter / models.WEIGHTS).stat().st_size
+    merged = sum(file.stat().st_size for file in trained.merged.glob("*.safetensors"))
+    held = {"base": base, "tuned": base + adapter, "merged": merged}
+    held |= {"fewshot": base} if with_examples else {}
+    return {
+        f"ladder/{name}/{key}": value
+        for name, size in held.items()
+        for key, value in asdict(Size(round(size / MIB, 2), round(size * 8 / weights, 3))).items()
+        if key != "fallback_tensors"
+    }
+
+
+def gate(written: Sequence[Written], metrics: Mapping[str, float], p: Export) -> None:
+    """Raises: GateError, naming every format that is not the trained model."""
+    faults = []
+    for one in written:
+        stem = ladder.prefix(one.form)
+        kl, limit = metrics[f"{stem}/kl/mean"], p.max_kl.get(one.form, math.inf)
+        if not kl <= limit:
+            faults.append(f"{one.form}: mean KL {kl:.3g} nats per token, at most {limit:g}")
+        stopped = metrics.get(f"{stem}/stopped_as_tuned", 1.0)
+        if not stopped >= p.min_stopped:
+            faults.append(
+                f"{one.form}: ends {stopped:.0%} of the answers that the tuned model ends by itself, at least "
+                f"{p.min_stopped:.0%}"
+            )
     if faults:
         raise GateError(
             "models/export: formats that are not the trained model (found, expected):\n  "
             + "\n  ".join(faults)
             + "\nLeave the format out of export.formats, or accept it with export.max_kl or export.min_stopped."
         )
-    return found
 
 
 def _in_runtime(
     form: str,
     told: Asked,
-    reference_model: PreTrainedModel,
-    predicted: Predictions,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tuned: Mapping[str, Mapping[str, Any]],
     p: Export,
     e: Evaluate,
-    merged: Path,
 ) -> dict[str, float]:
     """Stops, token probabilities and task score of the answers the runtime gave."""
-    tokenizer = chat.load_tokenizer(merged)
+    stem = ladder.prefix(form)
     gaps = [
         gap
         for answer in told.session.answers[: p.probes]
-        if answer.ids
+        if answer.ids and answer.top
         for gap in fidelity.gaps(
-            fidelity.log_probs(reference_model, [*answer.prompt, *answer.ids], len(answer.prompt)),
-            answer.top[: len(answer.ids)],
+            fidelity.log_probs(model, [*answer.prompt, *answer.ids], len(answer.prompt)), answer.top[: len(answer.ids)]
         )
     ]
     answered = told.answered()
-    ended = [stopped for row, _, stopped in answered if predicted[row]["stops"]]
+    ended = [stopped for row, _, stopped in answered if tuned[row]["stops"]]
     metrics = {
-        f"export/{form}/runtime/logprob_gap/max": max(gaps, default=0.0),
-        f"export/{form}/runtime/logprob_gap/mean": sum(gaps) / len(gaps) if gaps else 0.0,
-        f"export/{form}/runtime/answers": len(answered),
-        f"export/{form}/runtime/stopped": sum(stopped for *_, stopped in answered) / len(answered),
+        f"{stem}/runtime/answers": len(answered),
+        f"{stem}/runtime/stopped": sum(stopped for *_, stopped in answered) / len(answered),
     }
+    if gaps:
+        metrics[f"{stem}/runtime/logprob_gap/max"] = max(gaps)
+        metrics[f"{stem}/runtime/logprob_gap/mean"] = sum(gaps) / len(gaps)
     if ended:
-        metrics[f"export/{form}/stopped_as_tuned"] = sum(ended) / len(ended)
+        metrics[f"{stem}/stopped_as_tuned"] = sum(ended) / len(ended)
     else:
         print(f"{form}: the tuned model ended none of {len(answered)} answers: whether this file stops cannot be told.")
-    if form not in p.answers:
-        return metrics
-    scores = task_score.differences(
-        {row: tokenizer.decode(ids, skip_special_tokens=True) for row, ids, _ in answered},
-        list(predicted.values()),
-        samples=e.bootstrap_samples,
-        confidence=e.confidence,
-        seed=e.seed,
-    )
-    for name, difference in scores.items():
-        stem = f"export/{form}/task/{name}"
-        metrics |= {
-            f"{stem}/delta": difference.delta,
-            f"{stem}/low": difference.low,
-            f"{stem}/high": difference.high,
-        }
+    if form in p.answers:
+        answers = {row: tokenizer.decode(ids, skip_special_tokens=True) for row, ids, _ in answered}
+        metrics |= _scores(stem, answers, tuned, e)
     return metrics
 
 
-def check_chat(file: Path, session: Session, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Hold the runtime's tokens of a three-turn chat, template included, to those of training.
-
-    Raises: GateError, with the first place where they differ.
-    """
-    expected = chat.prompt_ids(tokenizer, THREE_TURNS)
-    found = session.tokens[0]
-    if found == expected:
-        return
-    ends = min(len(expected), len(found))
-    at = next((place for place in range(ends) if expected[place] != found[place]), ends)
-    raise GateError(
-        f"{file.name}: its runtime writes a chat otherwise than training did, from token {at}: found "
-        f"{tokenizer.decode(found[at : at + 8])!r}, expected {tokenizer.decode(expected[at : at + 8])!r}. "
-        "Check export.gguf_pre_tokenizer and the chat template of models/base."
+def _scores(
+    stem: str, answers: Mapping[str, str], tuned: Mapping[str, Mapping[str, Any]], e: Evaluate
+) -> dict[str, float]:
+    """Each task's score minus tuned's on the rows that were answered, with its interval."""
+    scores = task_score.differences(
+        answers, list(tuned.values()), samples=e.bootstrap_samples, confidence=e.confidence, seed=e.seed
     )
+    return {f"{stem}/task/{name}/{end}": value for name, score in scores.items() for end, value in vars(score).items()}
+
+
+def by_arm(rows: Sequence[Mapping[str, Any]]) -> Predictions:
+    """Rows of predictions.parquet, see Predictions."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], {})[row["id"]] = row
+    return found
+
+
+def of_merge(merged: Mapping[str, float]) -> dict[str, float]:
+    """The merged model's task scores minus tuned's, as stage merge found them, under the ladder's names."""
+    start = "merge/task/"
+    return {key.replace(start, "ladder/merged/task/"): merged[key] for key in merged if key.startswith(start)}
 
 
 def context(merged: Path) -> int:

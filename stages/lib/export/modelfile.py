@@ -6,10 +6,13 @@ the Jinja template writes around each turn, and is used only if that explains wh
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from stages.lib import chat
+from stages.lib import chat, files, gguf_weights
+from stages.lib.errors import GateError
 
 SYSTEM = {"role": "system", "content": "\x01S\x01"}
 USER = {"role": "user", "content": "\x01U\x01"}
@@ -88,6 +91,28 @@ def _border(text: str, stops: Sequence[str]) -> tuple[str, str]:
     return text.removesuffix(opening) if opening else text, opening
 
 
+def check(file: Path, stops: Sequence[str], context: int) -> None:
+    """Hold what the Modelfile will say to the GGUF file it names: where answers stop, and how long a chat may be.
+
+    The template needs no check here: it explains the tokenizer's, and round_trip.check_files compared that.
+
+    Raises: GateError, when they differ.
+    """
+    reader = gguf_weights.read(file)
+    architecture = reader.fields["general.architecture"].contents()
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    ends = {
+        tokens.contents(reader.fields[key].contents())
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        if key in reader.fields
+    }
+    length = reader.fields[f"{architecture}.context_length"].contents()
+    faults = [f"stop {end!r} of the file is none of {list(stops)}" for end in sorted(ends - set(stops))]
+    faults += [f"num_ctx {context}, {architecture}.context_length of the file is {length}"] if length != context else []
+    if faults:
+        raise GateError(f"Modelfile: not what {file.name} says: {'; '.join(faults)}. Check models/merged/config.json.")
+
+
 def write(file: str, found: Pieces, stops: Sequence[str], context: int) -> str:
     """The text of the Modelfile.
 
@@ -106,3 +131,12 @@ def write(file: str, found: Pieces, stops: Sequence[str], context: int) -> str:
         "PARAMETER temperature 0",
     ]
     return "\n".join(lines) + "\n"
+
+
+def generation_config(merged: Path, tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """What runtimes read beside a format that has no such file: the merged model's settings, all stop ids, greedy."""
+    path = merged / "generation_config.json"
+    given = files.read_json(path) if path.is_file() else {"bos_token_id": tokenizer.bos_token_id}
+    sampling = ("temperature", "top_k", "top_p")
+    kept = {key: value for key, value in given.items() if key not in sampling}
+    return kept | {"do_sample": False, "eos_token_id": list(stop_ids)}

@@ -141,5 +141,5 @@ def normalized(name: str) -> str:
 def _licence(distribution: metadata.Distribution) -> str:
     """What a package says of its licence in a word; a whole text in that place says nothing a list can show."""
     said = distribution.metadata
-    text = said["License-Expression"] or said["License"] or ""
+    text = next((said[key] for key in ("License-Expression", "License") if key in said), "")
     return text if len(text) < 80 and "\n" not in text else ""

@@ -1,6 +1,6 @@
 """The formats a trained model leaves in. One more: a module, its name in schema.export.Format, its entry below."""
 
-from stages.lib.export.formats import adapter, bitsandbytes, gguf, gguf_lora, safetensors
+from stages.lib.export.formats import adapter, bitsandbytes, compressed, gguf, gguf_lora, onnx, safetensors
 from stages.lib.export.formats.exporter import Exporter
 from stages.lib.schema.export import Format
 
@@ -11,4 +11,6 @@ EXPORTERS: dict[Format, Exporter] = {
     Format.bnb_int8: bitsandbytes.Int8(),
     Format.safetensors: safetensors.Safetensors(),
     Format.adapter: adapter.Adapter(),
+    Format.onnx_int4: onnx.Int4(),
+    **{form: compressed.Compressed(form) for form in compressed.SCHEMES},
 }

@@ -101,7 +101,7 @@ def convert(model: Path, file: Path, *, outtype: str, name: str, pre_tokenizer: 
             name,
             *([pre_tokenizer] if pre_tokenizer else []),
             writes=file,
-            PYTHONPATH=str(CONVERTER),
+            environment={"PYTHONPATH": str(CONVERTER)},
         )
     except ExternalError as fault:
         raise named(fault, model) from None

@@ -36,7 +36,7 @@ class GgufLora(Exporter):
                 str(path.resolve()),
                 trained.name,
                 writes=path,
-                PYTHONPATH=str(gguf.CONVERTER),
+                environment={"PYTHONPATH": str(gguf.CONVERTER)},
             )
         except ExternalError as fault:
             if gguf_lora_convert.UNFIT in str(fault):
