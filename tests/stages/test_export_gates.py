@@ -15,7 +15,7 @@ from stages.lib.export.formats import EXPORTERS
 from stages.lib.export.formats.exporter import Trained
 from stages.lib.schema.export import Format
 from tests.export_settings import NAME, params
-from tests.exported import NUMERICS
+from tests.exported import MERGE, NUMERICS
 
 END = 2  # <|im_end|> of the tiny tokenizer
 
