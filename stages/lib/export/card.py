@@ -242,6 +242,12 @@ def _ladder(f: Facts) -> str:
             )
         ]
         lines.append(f"| {rung.label} | {' | '.join(cells)} | {_task_scores(rung)} |")
+    if any(rung.name == "fewshot" for rung in f.rungs):
+        lines += [
+            "",
+            "Examples make the wording of questions easy to guess, too, so the perplexity of the base with examples, "
+            "over questions and answers together, may be below the trained model's.",
+        ]
     if f.skipped:
         lines += ["", f"Asked for and not written: {'; '.join(f'{form} ({why})' for form, why in f.skipped.items())}."]
     chats = {name: f.metrics[f"export/{name}/round_trip/chats"] for name in f.files if _was_asked(f, name)}
