@@ -133,11 +133,11 @@ def _data_licence(data: Data) -> str:
 def _declared(package: str) -> str:
     """The licence in a package's own metadata, in one line."""
     about: Any = metadata.metadata(package)
-    for key in ("License-Expression", "License"):
-        if text := about.get(key):
-            return str(text).strip().splitlines()[0]
+    if expression := about.get("License-Expression"):
+        return str(expression)
     named = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or () if line.startswith("License ::")]
-    return ", ".join(named) or "none declared"
+    given = str(about.get("License", "")).strip()  # a name, or the whole text
+    return ", ".join(named) or (given if 0 < len(given) < 60 else "see the package")
 
 
 def _eval_results(f: Facts) -> list[EvalResult] | None:
