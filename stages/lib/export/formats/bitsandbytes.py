@@ -55,7 +55,7 @@ class Nf4(BitsAndBytes):
         if trained.numerics.quantization not in _FOUR_BITS or trained.merge.base is Base.original:
             return trained.merged
         folder = trained.scratch / "original"
-        recipe = replace(trained.merge, base=Base.original)
+        recipe = replace(trained.merge, base=Base.original, adapters={})  # trained.adapter holds them
         merging.save(merging.merge(trained.base, trained.adapter, recipe, trained.numerics), trained.base, folder)
         return folder
 
