@@ -12,6 +12,7 @@ from commands import params
 from stages import merge, quantize_export
 from stages.lib import chat, config, files, gguf_weights, model_folder, overflow
 from stages.lib.errors import ModelError
+from stages.lib.export import modelfile
 from tests import architectures, exported, tiny_training
 from tests.conftest import ROOT, make_repo, run
 
@@ -52,6 +53,16 @@ def test_a_pretrained_model_gets_turns_with_one_bos_and_stops_at_their_end(gemma
     assert tokenizer.convert_ids_to_tokens(stops) == ["<eos>", "<end_of_turn>"]
     assert chat.stop_ids(tokenizer, gemma3) == stops
     assert model_folder.check(gemma3).vocabulary == len(tokenizer)
+
+
+def test_ollama_sets_the_bos_itself_so_the_modelfile_has_none(gemma3: Path) -> None:
+    found = modelfile.pieces(chat.load_tokenizer(gemma3), ["<end_of_turn>"])
+    assert found is not None
+    assert found.opening == {
+        "system": "<start_of_turn>user\n",
+        "user": "<start_of_turn>user\n",
+        "assistant": "<start_of_turn>model\n",
+    }
 
 
 @pytest.mark.parametrize(("key", "value"), [("query_pre_attn_scalar", 168), ("layer_types", ["full_attention"] * 6)])

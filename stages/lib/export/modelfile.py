@@ -57,8 +57,11 @@ def pieces(tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> Pieces |
     Args: stops: texts of the stop tokens, by which a turn ends.
     """
 
+    bos = tokenizer.bos_token_id
+    set_by_ollama = tokenizer.bos_token if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ""
+
     def rendered(messages: Sequence[Mapping[str, str]]) -> str:
-        return chat.render(tokenizer, messages, add_generation_prompt=True)
+        return chat.render(tokenizer, messages, add_generation_prompt=True).removeprefix(set_by_ollama)
 
     try:
         before_system, rest = rendered([SYSTEM, USER]).split(SYSTEM["content"])
