@@ -133,7 +133,7 @@ def test_gemma_from_the_registry_goes_through_every_stage(tmp_path: Path) -> Non
     overrides = [
         "experiment=gemma3_270m",
         "data=local",
-        "data.path=data/raw/rows.jsonl",
+        f"data.path={repository / 'data/raw/rows.jsonl'}",
         "dedup.threshold=1.0",
         "split.max_rows={}",
         "pack.max_tokens=64",
