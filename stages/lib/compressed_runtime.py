@@ -9,13 +9,12 @@ nothing of the project that this environment lacks packages for.
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from stages.lib import fidelity
+from stages.lib import fidelity, resident
 
 
 def main(folder: str, request: str, reply: str) -> None:
@@ -37,7 +36,7 @@ def main(folder: str, request: str, reply: str) -> None:
         "tokens": tokens,
         "answers": answers,
         "seconds": time.monotonic() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": resident.process_peak_mib(),
     }
     Path(reply).write_text(json.dumps(found), encoding="utf-8")
 

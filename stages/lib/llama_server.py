@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from stages.lib import resident
+
 
 def main(file: str, request: str, reply: str) -> None:
     import xllamacpp
@@ -70,15 +72,9 @@ def main(file: str, request: str, reply: str) -> None:
         "tokens": tokens,
         "answers": answers,
         "seconds": seconds,
-        "peak_mib": peak_mib(),
+        "peak_mib": resident.process_peak_mib(),
     }
     Path(reply).write_text(json.dumps(found), encoding="utf-8")
-
-
-def peak_mib() -> float:
-    """Peak resident memory. Not getrusage's: that counts what the process was started from, up to its exec."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def post(server: HTTPConnection, path: str, body: dict[str, Any]) -> Any:

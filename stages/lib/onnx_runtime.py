@@ -6,11 +6,12 @@ It stops where genai_config.json says, not where it is told to: a wrong stop id 
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from stages.lib import resident
 
 TOP_K = 10
 
@@ -33,7 +34,7 @@ def main(folder: str, request: str, reply: str) -> None:
         "tokens": tokens,
         "answers": answers,
         "seconds": time.monotonic() - started,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": resident.process_peak_mib(),
     }
     Path(reply).write_text(json.dumps(found), encoding="utf-8")
 

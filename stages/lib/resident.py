@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak, above what the process held before it."""
+"""How much memory a piece of work, or a whole process, takes at its peak."""
 
 import gc
 from collections.abc import Callable
@@ -10,7 +10,7 @@ PROCESS = Path("/proc/self")
 
 
 def peak_mib(work: Callable[[], Made]) -> tuple[Made, float | None]:
-    """Do some work; its result, and the MiB it took at most, on the graphics card too.
+    """Do some work; its result, and the MiB it took at most above what was held before, on the graphics card too.
 
     None where the system does not count (Linux does: proc(5), clear_refs). Freed memory that the process kept counts
     as held before.
@@ -31,6 +31,11 @@ def peak_mib(work: Callable[[], Made]) -> tuple[Made, float | None]:
     taken = _held("VmHWM") - before
     more = (torch.cuda.max_memory_allocated() - card) / 2**20 if on_card else 0.0
     return made, round(max(taken, 0.0) + more, 1)
+
+
+def process_peak_mib() -> float:
+    """The most this process held. Not getrusage's figure: that counts what it was started from, up to its exec."""
+    return round(_held("VmHWM"), 1)
 
 
 def _held(name: str) -> float:

@@ -16,7 +16,7 @@ from stages.lib.export.formats import EXPORTERS, compressed
 from stages.lib.export.formats.exporter import Request, Trained
 from stages.lib.schema.export import Export, Format
 from tests.conftest import ROOT
-from tests.exported import NUMERICS
+from tests.exported import MERGE, NUMERICS
 
 TURNS = [
     {"role": "user", "content": "What is 2 + 2?  One word."},
@@ -45,7 +45,7 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     (folder / "scratch").mkdir()
     export = Export(**yaml.safe_load((ROOT / "params.yaml").read_text())["export"])
     model = tiny_model_dir
-    return Trained("tiny", model, model, model, folder / "splits", folder / "scratch", export, NUMERICS)
+    return Trained("tiny", model, model, model, folder / "splits", folder / "scratch", export, NUMERICS, MERGE)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,9 @@ END = 2  # <|im_end|> of the tiny tokenizer
 def trained(exported: Path) -> Trained:
     made = exported / "models"
     splits = exported / "data/splits"
-    return Trained(NAME, made / "base", made / "adapter", made / "merged", splits, made, params().export, NUMERICS)
+    return Trained(
+        NAME, made / "base", made / "adapter", made / "merged", splits, made, params().export, NUMERICS, MERGE
+    )
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_a_layer_of_zeros_breaks_the_gate(trained: Trained, tmp_path: Path) -> N
     rows = records.read(trained.splits / "test.parquet")[:3]
     p = params()
     with pytest.raises(GateError, match=r"gguf_f16: mean KL .* at most 0.001(.|\n)*export.max_kl"):
-        measuring.measure(written, {}, trained, rows, {"tuned": {}}, p=p.export, e=p.evaluate, m=MERGE, n=NUMERICS)
+        measuring.measure(written, {}, trained, rows, {"tuned": {}}, p=p.export, e=p.evaluate, n=NUMERICS)
 
 
 def test_answers_that_do_not_stop_where_the_tuned_model_did_break_the_gate(tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ from stages.lib.errors import DataError, ExternalError, ModelError
 from stages.lib.export.formats import EXPORTERS, gguf, gguf_lora
 from stages.lib.export.formats.exporter import Request, Trained
 from stages.lib.schema.export import Export, Format
+from stages.lib.schema.merge import Dtype
 from stages.lib.schema.numerics import Quantization
 from tests.conftest import ROOT
 from tests.exported import MERGE, NUMERICS, make_inputs
 
 ROWS = [[1, 20, 30, 40, 50, 60, 70, 80], [1, 33, 70, 12, 9]]
 PLAIN = replace(NUMERICS, quantization=Quantization.none)
+RECIPE = replace(MERGE, dtype=Dtype.float16)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,11 @@ def trained(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_inputs(tiny_model_dir)
-        merged = merging.merge(Path("models/base"), Path("models/adapter"), MERGE, NUMERICS)
+        merged = merging.merge(Path("models/base"), Path("models/adapter"), RECIPE, NUMERICS)
         merging.save(merged, Path("models/base"), Path("models/merged"))
     values = yaml.safe_load((ROOT / "conf/export/gguf_and_nf4.yaml").read_text()) | {"gguf_pre_tokenizer": "gpt-2"}
     places = (folder / "models/base", folder / "models/adapter", folder / "models/merged", folder / "data/splits")
-    return Trained("tiny-tuned", *places, folder, Export(**values), NUMERICS)
+    return Trained("tiny-tuned", *places, folder, Export(**values), NUMERICS, RECIPE)
 
 
 def write(form: Format, trained: Trained, folder: Path) -> Path:
@@ -81,7 +83,7 @@ def test_a_folder_holds_the_model_it_was_written_from(
     expected = {
         Format.safetensors: lambda: merged,
         Format.adapter: lambda: models.load_tuned(trained.base, trained.adapter, NUMERICS),
-        Format.bnb_nf4: lambda: models.load_base(trained.merged, NUMERICS),
+        Format.bnb_nf4: lambda: models.load_base(exporter.merged(replace(trained, scratch=tmp_path)), NUMERICS),
         Format.bnb_int8: lambda: models.load_base(trained.merged, replace(NUMERICS, quantization=Quantization.int8)),
     }[form]()
     assert distance(fidelity.of(expected), exporter.log_probs(path, trained)) < 1e-9

@@ -15,7 +15,7 @@ from stages.lib.export.formats import EXPORTERS, onnx
 from stages.lib.export.formats.exporter import Request, Trained
 from stages.lib.schema.export import Export, Format
 from tests.conftest import ROOT
-from tests.exported import NUMERICS
+from tests.exported import MERGE, NUMERICS
 
 TURNS = [
     {"role": "user", "content": "What is 2 + 2?  One word."},
@@ -30,7 +30,7 @@ needs_runtime = pytest.mark.skipif(INT4.absent() is not None, reason=INT4.absent
 def a_trained(merged: Path, scratch: Path) -> Trained:
     scratch.mkdir(parents=True, exist_ok=True)
     export = Export(**yaml.safe_load((ROOT / "params.yaml").read_text())["export"])
-    return Trained("tiny", merged, merged, merged, merged, scratch, export, NUMERICS)
+    return Trained("tiny", merged, merged, merged, merged, scratch, export, NUMERICS, MERGE)
 
 
 @pytest.fixture(scope="module")

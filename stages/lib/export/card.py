@@ -133,11 +133,11 @@ def _data_licence(data: Data) -> str:
 def _declared(package: str) -> str:
     """The licence in a package's own metadata, in one line."""
     about: Any = metadata.metadata(package)
-    for key in ("License-Expression", "License"):
-        if text := about.get(key):
-            return str(text).strip().splitlines()[0]
+    if expression := about.get("License-Expression"):
+        return str(expression)
     named = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or () if line.startswith("License ::")]
-    return ", ".join(named) or "none declared"
+    given = str(about.get("License", "")).strip()  # a name, or the whole text
+    return ", ".join(named) or (given if 0 < len(given) < 60 else "see the package")
 
 
 def _eval_results(f: Facts) -> list[EvalResult] | None:
@@ -242,6 +242,12 @@ def _ladder(f: Facts) -> str:
             )
         ]
         lines.append(f"| {rung.label} | {' | '.join(cells)} | {_task_scores(rung)} |")
+    if any(rung.name == "fewshot" for rung in f.rungs):
+        lines += [
+            "",
+            "Examples make the wording of questions easy to guess, too, so the perplexity of the base with examples, "
+            "over questions and answers together, may be below the trained model's.",
+        ]
     if f.skipped:
         lines += ["", f"Asked for and not written: {'; '.join(f'{form} ({why})' for form, why in f.skipped.items())}."]
     chats = {name: f.metrics[f"export/{name}/round_trip/chats"] for name in f.files if _was_asked(f, name)}

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from stages.lib import arms, chat, fewshot, fidelity, held_out, merging, models, numerics, records, resident
+from stages.lib import arms, chat, fewshot, fidelity, held_out, models, numerics, records, resident
 from stages.lib.comparison import TUNED
 from stages.lib.errors import GateError
 from stages.lib.export import ladder, round_trip, task_score
@@ -20,7 +20,6 @@ from stages.lib.export.formats.exporter import Request, Session, Size, Trained
 from stages.lib.export.writing import Written
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.export import Export
-from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics, Quantization
 
 Predictions = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -113,7 +112,6 @@ def measure(
     *,
     p: Export,
     e: Evaluate,
-    m: Merge,
     n: Numerics,
 ) -> Found:
     """Measure base, base with examples, merged model and every format against the trained one: 4-bit base + adapter.
@@ -123,7 +121,7 @@ def measure(
     """
     tokenizer = chat.load_tokenizer(trained.merged)
     ids = [[int(token) for token in held_out.encode(tokenizer, row).input_ids] for row in rows]
-    found, expected, quantized = _reference(trained, tokenizer, rows, ids, asked, predicted, p, e, m, n)
+    found, expected, quantized = _reference(trained, tokenizer, rows, ids, asked, predicted, p, e, n)
 
     merged, peak = resident.peak_mib(lambda: _merged(trained, expected, n))
     close, weights = merged
@@ -150,7 +148,6 @@ def _reference(
     predicted: Predictions,
     p: Export,
     e: Evaluate,
-    m: Merge,
     n: Numerics,
 ) -> tuple[Found, fidelity.Reference, tuple[int, float]]:
     """What one load of 4-bit base and adapter tells: the reference; the base, adapter off; the runtimes' answers.
@@ -161,7 +158,7 @@ def _reference(
 
     def loaded() -> tuple[PeftModel, fidelity.Reference]:
         on_cpu = numerics.resolve(n).device == "cpu"
-        model = merging.trained(trained.base, trained.adapter, m, n, dense=on_cpu)
+        model = models.load_tuned(trained.base, trained.adapter, n, dense=on_cpu)
         return model, fidelity.reference(fidelity.of(model), ids)
 
     (model, expected), peak = resident.peak_mib(loaded)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stages.lib.fidelity import LogProbs
 from stages.lib.schema.export import Export
+from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics
 
 
@@ -26,6 +27,7 @@ class Trained:
     scratch: Path
     export: Export
     numerics: Numerics
+    merge: Merge
 
 
 @dataclass(frozen=True)
