@@ -152,7 +152,7 @@ def test_upstream_follows_outputs_and_metrics_not_the_order_in_dvc_yaml(
     assert tracking.upstream("three") == ["one", "two"]
     assert tracking.upstream("side") == ["one"]
     monkeypatch.chdir(ROOT)
-    assert "evaluate" not in tracking.upstream("merge")
+    assert "merge" not in tracking.upstream("evaluate")
     assert "evaluate" in tracking.upstream("quantize_export")
 
 
