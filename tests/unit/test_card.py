@@ -82,6 +82,14 @@ def test_the_model_index_holds_the_tuned_models_scores_on_its_own_test_split(tmp
     assert not result.verified
 
 
+def test_the_model_index_keeps_the_tasks_apart(tmp_path: Path) -> None:
+    same = {f"{task}/rouge_l": Difference(0.0, 0.0, 0.0) for task in ("one", "two")}
+    evaluated = {"test/one/rouge_l/tuned": 0.5, "test/two/rouge_l/tuned": 0.25}
+    written(tmp_path, evaluated=evaluated, rungs=[*FACTS.rungs, Rung("gguf_q8_0", {}, same)])
+    found = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {(one.dataset_config, one.metric_value) for one in found} == {("one", 0.5), ("two", 0.25)}
+
+
 def test_the_licence_of_packaged_data_is_the_one_they_declare(tmp_path: Path) -> None:
     text = written(tmp_path, data=settings(source="python_docs", packages=["numpy"]))
     assert "numpy: BSD-3-Clause" in text

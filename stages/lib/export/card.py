@@ -23,6 +23,11 @@ MEASURES = {
     "exact_match": "exact match",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
+    "bleu": "BLEU",
+    "token_f1": "token F1",
+    "json_schema": "JSON with the reference's keys and types",
+    "bits_per_byte": "bits per byte of the answer",
+    "stops": "ends by itself",
 }
 DATASETS = {
     "python_docs": "Documentation of the pinned packages {packages}: the parameters of a function as a JSON object, "
@@ -148,6 +153,7 @@ def _eval_results(f: Facts) -> list[EvalResult] | None:
             task_type="text-generation",
             dataset_type="custom",
             dataset_name=f"{sources}, task {task}",
+            dataset_config=task,  # results of one config are taken together
             dataset_split="test",
             metric_type=measure,
             metric_name=MEASURES.get(measure, measure),
