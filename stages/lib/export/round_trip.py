@@ -179,7 +179,10 @@ def _of_gguf(reader: GGUFReader, e: Expected) -> Iterator[str]:
         yield f"tokenizer.ggml.tokens: {len(wrong)} differ, token {first} is {held.get(first)!r}, {words[first]!r}"
     whole = {TokenType.CONTROL, TokenType.USER_DEFINED}  # of these types text is read as one token
     for id, added in sorted(tokenizer.added_tokens_decoder.items()):
-        if id < len(types) and types[id] not in ({TokenType.CONTROL} if added.special else whole):
+        allowed = {TokenType.CONTROL} if added.special else whole
+        if id == tokenizer.unk_token_id:
+            allowed = {TokenType.CONTROL, TokenType.UNKNOWN}  # llama.cpp reads text as either alike
+        if id < len(types) and types[id] not in allowed:
             kind = TokenType(types[id]).name
             yield f"tokenizer.ggml.token_type: token {id} {added.content!r} is {kind}, an added token"
 
