@@ -399,6 +399,30 @@ def export(folder: Path, content: bytes, **more: Any) -> Path:
     return file
 
 
+def test_no_request_is_lost_to_a_connection_that_llama_cpp_ends() -> None:
+    class Upstream(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        has_answered = False  # on this connection
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if self.has_answered:  # the limit of a connection, reached while a request was on its way
+                self.close_connection = True
+                return
+            self.has_answered = True
+            text = b'{"choices": [{"message": {"content": "yes"}}]}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing."""
+
+    with listening(Upstream) as address, running(LlamaCpp(f"{address}/v1", "m")) as (url, _):
+        assert [content(chat(url)) for _ in range(3)] == ["yes"] * 3
+
+
 def test_the_recommended_file_is_served_else_q8_0(tmp_path: Path) -> None:
     assert serve.recommended(export(tmp_path / "old", b"").parent).name == "m-Q8_0.gguf"
     assert serve.recommended(export(tmp_path / "new", b"", recommended="a.gguf").parent).name == "a.gguf"

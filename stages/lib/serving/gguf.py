@@ -16,8 +16,9 @@ class LlamaCpp:
     def __init__(self, address: str, name: str) -> None:
         self.names: Sequence[str] = [name]
         self._url = f"{address}/chat/completions"
-        # Answers take as long as they take; never through a proxy, it is this machine.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        # Answers take as long as they take; never through a proxy, it is this machine. Each request on a connection of
+        # its own: llama.cpp closes one after some hundred, and loses the request that is on its way just then.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
         self._is_well = True
 
