@@ -50,6 +50,14 @@ def test_every_experiment_composes(name: str, tmp_path: Path) -> None:
     assert recipe(name, *own_files)["checked"]
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [f"{kind}={path.stem}" for kind in ("merge", "export") for path in sorted((ROOT / "conf" / kind).iterdir())],
+)
+def test_every_way_to_merge_and_to_export_composes(choice: str) -> None:
+    assert composed([choice])["checked"]
+
+
 @pytest.mark.parametrize("name", ["qlora_paper", "alpaca", "conservative", "small_data", *ON_GPU])
 def test_a_recipe_says_where_its_numbers_come_from(name: str) -> None:
     assert re.search(r"arXiv:\d{4}\.\d{5}", RECIPES[name].read_text())
