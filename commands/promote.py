@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from commands import sync
 from stages.lib import config, files, registry, tracking
 from stages.lib.errors import DataError, ExternalError, PipelineError
+from stages.lib.experiments import kept
 from stages.lib.export import manifest
 from stages.lib.schema.evaluate import Evaluate
 
@@ -148,10 +148,11 @@ def made_by(given: str | None, params: dict[str, Any], experiment_id: str) -> tu
     Raises: DataError, when there is none, or several, or the one that was named trained another adapter.
     """
     adapter = _adapter(Path("dvc.lock").read_text(encoding="utf-8") if Path("dvc.lock").exists() else "")
-    kept = {
-        name: _adapter(sync.at_revision(revision)("dvc.lock") or "") for name, revision in sync.experiments().items()
+    adapters = {
+        name: _adapter(kept.at_revision(revision)("dvc.lock") or "")
+        for name, (revision, _) in kept.references().items()
     }
-    alike = [name for name, md5 in kept.items() if adapter and md5 == adapter]
+    alike = [name for name, md5 in adapters.items() if adapter and md5 == adapter]
     if given in kept and given not in alike:
         raise DataError(
             f"--exp {given}: trained another adapter than {ADAPTER}, expected {' or '.join(alike) or 'none'}."

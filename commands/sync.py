@@ -8,15 +8,16 @@ import io
 import json
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stages.lib import config, tracking
+from stages.lib.experiments import kept
+from stages.lib.experiments.kept import Reader
 from stages.lib.stage import cached
 
 CURVES = {
@@ -27,9 +28,6 @@ CURVES = {
     "tokens": "train/tokens_seen",
 }
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
-
-Reader = Callable[[str], str | None]
-"""Text of a file of one experiment, by its path in the repository; None where it does not exist."""
 
 
 def main() -> int:
@@ -46,29 +44,14 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    names = experiments()
-    for name, revision in names.items():
-        bring_in(name, at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
+    names = kept.references()
+    for name, (revision, _) in names.items():
+        bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
     if has_run(name := tracking.key(params), experiment_id):
         bring_in(name, in_folder, experiment_id, {})
     ended = reconcile(experiment_id)
     print(f"sync: {len(names)} DVC experiments in MLflow; {ended} runs whose process is gone were ended")
     return 0
-
-
-def experiments() -> dict[str, str]:
-    """Name -> commit of the experiments DVC keeps in this repository."""
-    shown = _git("for-each-ref", "--format=%(refname) %(objectname)", "refs/exps")
-    pairs = [line.split() for line in shown.splitlines()]
-    return {ref.split("/")[4]: commit for ref, commit in pairs if len(ref.split("/")) == 5}
-
-
-def at_revision(revision: str) -> Reader:
-    def read(path: str) -> str | None:
-        shown = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=False)
-        return shown.stdout if shown.returncode == 0 else None
-
-    return read
 
 
 def in_folder(path: str) -> str | None:
@@ -79,27 +62,6 @@ def has_run(name: str, experiment_id: str) -> bool:
     from mlflow import MlflowClient
 
     return bool(MlflowClient().search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1))
-
-
-def up_to_date(pipeline: dict[str, Any], lock: dict[str, Any], params: dict[str, Any]) -> list[str]:
-    """The stages whose recorded result belongs to these params: others still show numbers of an earlier experiment."""
-    outs: dict[str, str] = {}
-    good = []
-    for name in pipeline["stages"]:
-        recorded = lock.get("stages", {}).get(name)
-        if recorded is None:
-            continue
-        has_params = all(
-            params.get(key) == value for key, value in recorded.get("params", {}).get("params.yaml", {}).items()
-        )
-        made_by_us = {out["path"] for stage in lock["stages"].values() for out in stage.get("outs", [])}
-        has_deps = all(
-            outs.get(dep["path"]) == dep["md5"] for dep in recorded.get("deps", []) if dep["path"] in made_by_us
-        )
-        if has_params and has_deps:
-            good.append(name)
-            outs |= {out["path"]: out["md5"] for out in recorded.get("outs", [])}
-    return good
 
 
 def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> None:
@@ -119,7 +81,7 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
     run = client.get_run(run_id)
     attached = {file.path for folder in (None, "metrics") for file in client.list_artifacts(run_id, folder)}
     metrics: list[Metric] = []
-    current = up_to_date(pipeline, lock, params)
+    current = kept.up_to_date(pipeline, lock, params)
     hashes = {out["path"]: out["md5"] for stage in current for out in lock["stages"][stage].get("outs", [])}
     if "qlora_train" in current:
         known = {(key, point.step) for key in CURVES.values() for point in client.get_metric_history(run_id, key)}
@@ -201,10 +163,6 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

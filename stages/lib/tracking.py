@@ -87,11 +87,11 @@ def key(params: Mapping[str, Any]) -> str:
     for path in (*code, *templates, Path("requirements.lock"), Path(params["prompt"]["template"])):
         digest.update(files.sha256(path).encode() if path.is_file() else b"absent")
     for given in (params["data"]["path"], params["dedup"]["contamination"]["benchmarks"]):
-        digest.update(_content(Path(given)).encode())
+        digest.update(content(Path(given)).encode())
     return f"repro-{digest.hexdigest()[:8]}"
 
 
-def _content(path: Path) -> str:
+def content(path: Path) -> str:
     """A hash of a file, of all files of a folder, or of the .dvc file that stands for either."""
     pointer = path.with_name(f"{path.name}.dvc")
     if pointer.exists():

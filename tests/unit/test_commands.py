@@ -13,8 +13,9 @@ import yaml
 from commands import clean, sync, ui
 from commands.deps import closure
 from commands.differences import differences
-from commands.sync import curve, up_to_date
+from commands.sync import curve
 from stages.lib import tracking
+from stages.lib.experiments.kept import up_to_date
 from tests.conftest import ROOT
 
 PIPELINE = {"stages": {"split": {}, "train": {}, "merge": {}}}

@@ -1,0 +1,1 @@
+"""Experiments that DVC keeps: read, run as a sweep, compared, reproduced."""
