@@ -3,7 +3,7 @@
     repository --start_folder--> runs/sweeps/<id>/at-<hash>   --dvc exp run--> refs/exps/... --collect--> repository
 
 DVC starts an experiment by stashing, resetting and detaching the tree it stands in. It does so in a copy: who edits a
-file at that moment loses nothing, a kill at that moment leaves nothing behind, and all points run the code of the start.
+file at that moment loses nothing, a kill at that moment breaks nothing, and all points run the code of the start.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from stages.lib import environment, files, leases, stage, tracking
 from stages.lib.errors import DataError, ExternalError
 from stages.lib.experiments import kept
-from stages.lib.experiments.points import Point, signature
+from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
 
 Status = Literal["done", "failed", "killed"]
@@ -80,14 +80,14 @@ def run(point: Point, sweep_id: str, target: str, *, workers: int = 1, watch: Wa
             return Outcome(point, "done", "", log, time.monotonic() - started)
         asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
         collect(source)
-    status, reason = ("done", "") if point.name in kept.references() else ending(log.read_text(errors="replace"))
-    if asked and status != "done":
-        status, reason = "killed", asked
+    status: Status = "done"
+    reason = ""
+    if point.name not in kept.references():
+        status, reason = ("killed", asked) if asked else ending(log.read_text(errors="replace"))
     outcome = Outcome(point, status, reason, log, time.monotonic() - started)
-    record = {"name": point.name, "values": point.values, "status": status, "reason": reason}
-    files.write_json(
-        place / f"{point.name}.json", record | {"seconds": round(outcome.seconds, 1), "ended": time.time()}
-    )
+    record: dict[str, Any] = {"name": point.name, "values": point.values, "status": status, "reason": reason}
+    record |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
+    files.write_json(place / f"{point.name}.json", record)
     return outcome
 
 
@@ -98,7 +98,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
     cache; a point that shares nothing goes before it.
     """
     chain = [*tracking.upstream(p.target), p.target]
-    shared = {point.name: signature(point, chain) for point in points}
+    shared = signatures(points, p.target)
     waiting, running = list(points), dict[Future[Outcome], Point]()
     try:
         with ThreadPoolExecutor(workers) as pool:
