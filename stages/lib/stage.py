@@ -23,7 +23,6 @@ from stages.lib import config, environment, files, leases, numerics, tracking
 from stages.lib.errors import PipelineError
 from stages.lib.schema.numerics import Device
 from stages.lib.schema.runtime import Runtime
-from stages.lib.schema.sweep import Sweep
 
 P = TypeVar("P")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,10 +31,9 @@ NO_SPACE = "No space left on device"  # also how native libraries word ENOSPC
 
 @dataclasses.dataclass
 class Outside:
-    """The sections that no stage tracks."""
+    """The section that no stage tracks and all read."""
 
     runtime: Runtime
-    sweep: Sweep
 
 
 def run(
