@@ -298,6 +298,17 @@ def collect(clone: Path) -> None:
             _git(environment.root(), "fetch", *options, str(clone), *new)
 
 
+def at_work() -> list[str]:
+    """Names of the points that run at the moment, of whichever sweep and driver."""
+    found = []
+    for path in sorted(folder("").glob("*/*.lock")):
+        with path.open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            continue
+        found.append(path.stem)
+    return found
+
+
 def outcomes(sweep_id: str) -> list[dict[str, Any]]:
     """The last outcome of every point that was run here: name, values, status, reason, seconds, ended (Unix time)."""
     return [files.read_json(path) for path in sorted(folder(sweep_id).glob(f"{sweep_id}-*.json"))]
