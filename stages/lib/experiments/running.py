@@ -27,20 +27,20 @@ class Outcome:
     seconds: float
 
 
-def command(point: Point, sweep_id: str, target: str) -> list[str]:
-    """What a person would type to run this point."""
+def command(point: Point, sweep_id: str, target: str, more: Sequence[str] = ()) -> list[str]:
+    """What a person would type to run this point. more: options of `dvc exp run` beside those every point has."""
     settings = [word for override in [*point.overrides(), f"sweep.id={sweep_id}"] for word in ("-S", override)]
-    return ["dvc", "exp", "run", "--temp", "--name", point.name, *settings, target]
+    return ["dvc", "exp", "run", "--temp", "--name", point.name, *more, *settings, target]
 
 
-def run(point: Point, sweep_id: str, target: str, *, workers: int = 1) -> Outcome:
+def run(point: Point, sweep_id: str, target: str, *, workers: int = 1, more: Sequence[str] = ()) -> Outcome:
     """Run one point in a temporary copy of the repository and wait for its end."""
     started = time.monotonic()
     log = folder(sweep_id) / f"{point.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said:
         done = subprocess.run(
-            command(point, sweep_id, target),
+            command(point, sweep_id, target, more),
             stdout=said,
             stderr=subprocess.STDOUT,
             env={**os.environ, WORKERS: str(workers)},
