@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stages.lib import engine, stage
+from stages.lib import config, engine, stage, tracking
 from stages.lib.errors import ConfigError, ExternalError, PipelineError
 from stages.lib.experiments import kept, running
 from stages.lib.experiments.points import Point
@@ -213,8 +213,9 @@ def fetch(name: str) -> bool:
     if _run("dvc", "exp", "pull", "-q", REMOTE, name).returncode != 0 or name not in kept.references():
         return False
     found = kept.find(name)
-    made = dict(found.outs.items() - kept.find(found.baseline).outs.items())
-    if all(stage.cached(md5) for md5 in made.values()):
+    made = found.outs.items() - kept.find(found.baseline).outs.items()
+    committed = kept.texts(found.revision, [path for path, _ in made])  # metrics and plots
+    if all(stage.cached(md5) for path, md5 in made if committed[path] is None):
         return True
     _run("dvc", "exp", "remove", "-q", name)
     return False
@@ -236,16 +237,16 @@ def work(pickled: bytes) -> bytes:
     engine_ray.check_versions(order.versions)
     here = ray.get_runtime_context().get_node_id()
     at_a_time = next(order.share.fit(node) for node in ray.nodes() if node["NodeID"] == here)
-    for name in ("PYTHONPATH", *engine.SINGLE_THREADED):  # Ray's and the data stages'; the clone has its own code
+    for name in ("PYTHONPATH", "DVC_ROOT", *engine.SINGLE_THREADED):  # the clone has its own code, cores and folders
         os.environ.pop(name, None)
     os.environ |= order.environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    with clone(order.code) as folder:
-        os.chdir(folder)
-        try:
+    try:
+        with clone(order.code) as folder:
+            os.chdir(folder)
             outcome = _worked(point, order, at_a_time)
-        except PipelineError as fault:
-            outcome = Outcome(point, "failed", str(fault), Path(), 0.0)
-        said = outcome.log.read_text(errors="replace") if outcome.log.is_file() else outcome.reason
+    except PipelineError as fault:
+        outcome = Outcome(point, "failed", str(fault), Path(), 0.0)
+    said = outcome.log.read_text(errors="replace") if outcome.log.is_file() else outcome.reason
     if outcome.reason:
         outcome = replace(outcome, reason=f"on {socket.gethostname()}: {outcome.reason}")
     return pickle.dumps((outcome, said))
@@ -254,17 +255,16 @@ def work(pickled: bytes) -> bytes:
 def _worked(point: Point, order: Order, at_a_time: int) -> Outcome:
     """In a clone at the right commit: the point is fetched if another node has done it, run otherwise, and pushed."""
     name, outcome = point.name, Outcome(point, "done", "", Path(), 0.0)
-    if name in on_remote() and fetch(name):  # the node that did it was lost before it could say so
-        return outcome
-    if name not in kept.references():  # otherwise it was done here, and the remotes were away
-        outcome = running.run(point, order.sweep_id, order.target, workers=at_a_time, more=PULL)
-    if outcome.status == "done":
-        commit, baseline = kept.references()[name]
-        reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
-        done = _run("dvc", "exp", "push", "-q", "--force", REMOTE, reference)
+    if name not in on_remote() or not fetch(name):  # otherwise its node was lost before it could say so
+        if name not in kept.references():  # otherwise it was done here before, but could not be pushed
+            outcome = running.run(point, order.sweep_id, order.target, workers=at_a_time, more=PULL)
+            if outcome.status != "done":
+                return outcome
+        _, baseline = kept.references()[name]
+        done = _run("dvc", "exp", "push", "-q", "-f", REMOTE, f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}")
         if done.returncode != 0:
-            raise ExternalError(f"{commit[:12]} was made, but could not be pushed: {_last(done)}")
-        _run("dvc", "exp", "remove", "-q", name)
+            raise ExternalError(f"it was done, but could not be pushed: {_last(done)}")
+    _run("dvc", "exp", "remove", "-q", name)
     return outcome
 
 
@@ -311,7 +311,7 @@ def _prepare(folder: Path, home: Path, code: Code) -> None:
         (*git, "config", "user.email", code.email),
         (*git, "fetch", "-q", "--no-tags", REMOTE),
         (*git, "checkout", "-q", "--force", "--detach", code.commit),
-        ("dvc", "--cd", str(folder), "config", "-q", "--local", "cache.dir", str(home / "cache")),
+        ("git", "config", "--file", str(folder / ".dvc/config.local"), "cache.dir", str(home / "cache")),
     ]
     for command in commands:
         done = _run(*command)
@@ -320,12 +320,11 @@ def _prepare(folder: Path, home: Path, code: Code) -> None:
 
 
 def _mlflow() -> dict[str, str]:
-    """The variables that say where the MLflow server is and who asks."""
-    found = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
-    if found.get("MLFLOW_TRACKING_URI", "sqlite:").startswith(("sqlite:", "file:", "/")):
-        log.warning("MLFLOW_TRACKING_URI names no server: rows come with `make sync`, those of failed points do not.")
+    """The variables that say where the MLflow server is and who asks; the configuration comes with the commit."""
+    if tracking.address(config.values()["runtime"]["tracking_uri"]).startswith("sqlite:"):
+        log.warning("no MLflow server for all nodes is named: rows come with `make sync`, of failed points none do.")
         return {}
-    return found
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
 
 
 def _log_of(p: Sweep, point: Point, said: str) -> Path:
