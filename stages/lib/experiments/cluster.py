@@ -95,7 +95,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int, address: str) ->
     there = {name for name in on_remote() if name in {point.name for point in points}}
     for point in points:
         if point.name in there and fetch(point.name):
-            yield Outcome(point, "done", "", running.folder(str(p.id)) / f"{point.name}.log", 0.0)
+            yield _recorded(Outcome(point, "done", "", Path(), 0.0), "fetched: it had been run before", str(p.id))
         else:
             there.discard(point.name)
     wanted = [point for point in points if point.name not in there]
@@ -134,12 +134,11 @@ def _spread(points: Sequence[Point], p: Sweep, workers: int, address: str, code:
                 raise ExternalError(f"{point.name}: {fault.cause}") from fault
             except RayError as fault:
                 reason = f"its node was lost {RETRIES + 1} times: {str(fault).strip().splitlines()[0]}"
-                yield Outcome(point, "killed", reason, _log_of(p, point, str(fault)), 0.0)
-                continue
+                outcome, said = Outcome(point, "killed", reason, Path(), 0.0), str(fault)
             if outcome.status == "done" and not fetch(point.name):
                 reason = f"what it made is not on the remotes {REMOTE} (git) and of DVC, though it was pushed"
                 outcome = replace(outcome, status="failed", reason=reason)
-            yield replace(outcome, log=_log_of(p, point, said))
+            yield _recorded(outcome, said, str(p.id))
     finally:
         for task in waiting:
             ray.cancel(task)
@@ -327,12 +326,14 @@ def _mlflow() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
 
 
-def _log_of(p: Sweep, point: Point, said: str) -> Path:
-    """The log of a point, where those of local ones are."""
-    path = running.folder(str(p.id)) / f"{point.name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(said)
-    return path
+def _recorded(outcome: Outcome, said: str, sweep_id: str) -> Outcome:
+    """The outcome of a point, kept where those of local ones are, with what it said as its log."""
+    place = running.folder(sweep_id)
+    place.mkdir(parents=True, exist_ok=True)
+    outcome = replace(outcome, log=place / f"{outcome.point.name}.log")
+    outcome.log.write_text(said)
+    running.record(outcome, place)
+    return outcome
 
 
 def _git(*arguments: str, fault: str = "") -> str:
