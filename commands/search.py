@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     p: Sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), params["sweep"]))  # type: ignore[assignment]
     state = points.state_of(params, p.target)
     try:
-        study = search.open_study(p, state, search.storage(str(p.id), os.environ.get("OPTUNA_STORAGE")))
+        study = search.open_study(p, state, os.environ.get("OPTUNA_STORAGE"))
         print(f"search {p.id}: {search.summary(study, p)}", flush=True)
         for ended in search.run(study, p, state, workers=asked.workers, retry=asked.retry, lost_host=asked.lost_host):
             told = ended.reason if ended.value is None else f"{ended.value:.4f}"

@@ -137,13 +137,14 @@ def _mend(journal: Path) -> None:
         lock.release()
 
 
-def open_study(p: Sweep, state: str, kept_in: BaseStorage) -> optuna.Study:
+def open_study(p: Sweep, state: str, url: str | None = None) -> optuna.Study:
     """The study of a search; a new one where what its trials have in common has changed, as they cannot be compared.
 
-    Args: state: see `points.state_of`.
+    Args: state: see `points.state_of`. url: see `storage`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     s = _search(p)
+    kept_in = storage(str(p.id), url)
     common = [p.fixed, p.target, s.metric, s.direction, s.space, state]
     name = f"{p.id}-{hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:8]}"
     with FileLock(running.folder(str(p.id)) / "study.lock"):
