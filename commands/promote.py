@@ -153,7 +153,7 @@ def made_by(given: str | None, params: dict[str, Any], experiment_id: str) -> tu
         for name, (revision, _) in kept.references().items()
     }
     alike = [name for name, md5 in adapters.items() if adapter and md5 == adapter]
-    if given in kept and given not in alike:
+    if given in adapters and given not in alike:
         raise DataError(
             f"--exp {given}: trained another adapter than {ADAPTER}, expected {' or '.join(alike) or 'none'}."
         )

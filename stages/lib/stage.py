@@ -21,7 +21,6 @@ import yaml
 from stages.lib import config, environment, files, numerics, tracking
 from stages.lib.errors import PipelineError
 from stages.lib.schema.runtime import Runtime
-from stages.lib.schema.sweep import Sweep
 
 P = TypeVar("P")
 NO_SPACE = "No space left on device"  # also how native libraries word ENOSPC
@@ -29,10 +28,9 @@ NO_SPACE = "No space left on device"  # also how native libraries word ENOSPC
 
 @dataclasses.dataclass
 class Outside:
-    """The sections that no stage tracks."""
+    """The section that no stage tracks and all read."""
 
     runtime: Runtime
-    sweep: Sweep
 
 
 def run(
