@@ -75,6 +75,37 @@ def point(sweep_id: str, values: Mapping[str, Any], state: str) -> Point:
     return Point(f"{sweep_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", dict(values))
 
 
+def covering(points: Sequence[Point]) -> list[Point]:
+    """Points that together have every value of every key: whoever composes these has seen all values."""
+    seen: set[str] = set()
+    chosen = []
+    for point in points:
+        new = set(point.overrides()) - seen
+        if new:
+            chosen.append(point)
+        seen |= new
+    return chosen
+
+
+def signature(point: Point, chain: Sequence[str]) -> dict[str, str]:
+    """For each stage of a chain, what of the point's values its result depends on: points that agree share the result.
+
+    {"lora.r": 8, "data.fraction": 0.5}  ->  {"base_model": "{}", "prepare": '{"data.fraction": 0.5}', ...}
+    """
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    found = {}
+    for name in chain:
+        sections = {section for one in (name, *tracking.upstream(name)) for section in stages[one]["params"]}
+        own = {key: value for key, value in point.values.items() if _section(key) in {*sections, "experiment"}}
+        found[name] = json.dumps(own, sort_keys=True)
+    return found
+
+
+def _section(key: str) -> str:
+    """lora.r, +lora.new or the choice of a file (lora=dora) -> lora; an experiment's file may change any."""
+    return key.lstrip("+~").split(".")[0].split("@")[0]
+
+
 def missing(points: Sequence[Point], known: Collection[str]) -> list[Point]:
     """Those that no experiment has the name of, each once."""
     by_name = {point.name: point for point in points if point.name not in known}
