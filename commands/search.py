@@ -8,10 +8,13 @@ Exit 0: every trial is complete or was pruned; 1: some failed, listed with their
 
 import argparse
 import os
+import signal
 import sys
+from typing import cast
 
 from omegaconf import OmegaConf
 
+from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import PipelineError
 from stages.lib.experiments import points, search
@@ -30,21 +33,31 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     try:
-        params = composed([f"sweep={asked.sweep}"])
+        return run(asked)
     except FAULTS as fault:
         print(f"search: conf/ does not compose with sweep={asked.sweep}: {fault}", file=sys.stderr)
-        return 2
-    p: Sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Sweep), params["sweep"]))  # type: ignore[assignment]
-    state = points.state_of(params, p.target)
-    try:
-        study = search.open_study(p, state, os.environ.get("OPTUNA_STORAGE"))
-        print(f"search {p.id}: {search.summary(study, p)}", flush=True)
-        for ended in search.run(study, p, state, workers=asked.workers, retry=asked.retry, lost_host=asked.lost_host):
-            told = ended.reason if ended.value is None else f"{ended.value:.4f}"
-            print(f"trial {ended.number} {ended.point.name} {ended.state} in {ended.seconds:.0f} s: {told}", flush=True)
     except PipelineError as fault:
         print(f"search: {fault}", file=sys.stderr)
-        return 2
+    return 2
+
+
+def run(asked: argparse.Namespace) -> int:
+    params = composed([f"sweep={asked.sweep}"])
+    merged = OmegaConf.merge(OmegaConf.structured(Sweep), params["sweep"])
+    p = cast(Sweep, OmegaConf.to_object(merged))
+    state = points.state_of(params, p.target)
+    for point in search.corners(p, state):
+        composed([*point.overrides(), f"sweep.id={p.id}"])
+    study = search.open_study(p, state, os.environ.get("OPTUNA_STORAGE"))
+    print(f"search {p.id}: {search.summary(study, p)}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for ended in search.run(study, p, state, workers=asked.workers, retry=asked.retry, lost_host=asked.lost_host):
+            print(ended, flush=True)
+    except KeyboardInterrupt:
+        print(f"search {p.id}: interrupted; the same command goes on", file=sys.stderr)
+        return 1
+    sync.main()
     print(f"search {p.id}: {search.summary(study, p)}")
     return 1 if search.failed(study) else 0
 

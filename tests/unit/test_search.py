@@ -33,8 +33,10 @@ class Dvc:
         self.pause = 0.0  # after an evaluation, long enough for the driver to look
 
     def run(self, point: Point, sweep_id: str, target: str, *, workers: int) -> running.Outcome:
-        self.ran.append(point)
         log = running.folder(sweep_id) / f"{point.name}.log"
+        if point.name in self.done:
+            return running.Outcome(point, "done", "", log, 0.0)
+        self.ran.append(point)
         if self.fails:
             return running.Outcome(point, "failed", "out of memory", log, 1.0)
         values = point.values
@@ -43,8 +45,7 @@ class Dvc:
             live._write(point.name, live.Told([loss + 3 - i for i in range(1, number + 1)], 3))
             time.sleep(self.pause)
             if number < 3 and (Path("runs") / point.name / "stop").exists():
-                live._write(point.name, live.Told([loss], 3, 10 * number, "lags"))
-                return running.Outcome(point, "failed", "exited with 2", log, 1.0)
+                return running.Outcome(point, "pruned", f"stopped at step {10 * number}", log, 1.0)
         self.done[point.name] = loss
         return running.Outcome(point, "done", "", log, 1.0)
 
@@ -57,7 +58,8 @@ class Dvc:
 def dvc(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Dvc:
     stand_in = Dvc()
     monkeypatch.setattr(running, "run", stand_in.run)
-    monkeypatch.setattr(kept, "references", lambda: stand_in.done)
+    monkeypatch.setattr(search.tracking, "upstream", lambda target: [])
+    monkeypatch.setattr(search, "signature", lambda point, chain: {"evaluate": "its own"})
     monkeypatch.setattr(kept, "find", stand_in.find)
     monkeypatch.setattr(search, "POLL_SECONDS", 0.002)
     return stand_in
@@ -78,8 +80,8 @@ def values(p: Sweep) -> list[dict[str, Any]]:
 def test_as_many_trials_as_wanted_are_run_and_each_is_an_experiment_with_what_the_sweep_fixes(dvc: Dvc) -> None:
     p = sweep()
     found = ended(p)
-    assert [(each.number, each.state, each.value) for each in found] == [
-        (number, "complete", dvc.done[each.point.name]) for number, each in enumerate(found)
+    assert [(each.number, each.outcome.status, each.value) for each in found] == [
+        (number, "done", dvc.done[each.outcome.point.name]) for number, each in enumerate(found)
     ]
     assert len(found) == 6
     assert {point.values["train.epochs"] for point in dvc.ran} == {2}
@@ -115,10 +117,10 @@ def test_a_training_that_lags_is_asked_to_stop_and_is_no_experiment(dvc: Dvc) ->
     dvc.pause = 0.03
     p = sweep(trials=6, pruning=Pruning(keep=0.5, after_trials=2, after_evaluations=0))
     found = ended(p)
-    pruned = [each for each in found if each.state == "pruned"]
+    pruned = [each for each in found if each.outcome.status == "pruned"]
     assert pruned
-    assert all(each.point.name not in dvc.done and each.value is None for each in pruned)
-    assert all("stopped at step" in each.reason for each in pruned)
+    assert all(each.outcome.point.name not in dvc.done and each.value is None for each in pruned)
+    assert all("stopped at step" in each.outcome.reason for each in pruned)
     states = [trial.state for trial in study(p).trials]
     assert states.count(optuna.trial.TrialState.PRUNED) == len(pruned)
     best = min(dvc.done.values())
@@ -131,24 +133,24 @@ def test_where_more_is_better_a_high_loss_still_is_what_lags(dvc: Dvc) -> None:
     found = ended(p)
     lost = [trial.intermediate_values[1] for trial in study(p).trials if trial.state.name == "PRUNED"]
     won = [trial.intermediate_values[1] for trial in study(p).trials if trial.state.name == "COMPLETE"]
-    assert {each.state for each in found} == {"complete", "pruned"}
+    assert {each.outcome.status for each in found} == {"done", "pruned"}
     assert max(lost) < max(won)
 
 
 def test_a_point_that_is_there_is_not_run_again(dvc: Dvc) -> None:
     p = sweep(space={"lora.r": [4], "train.learning_rate": [0.001]}, trials=3)
     found = ended(p, workers=2)
-    assert [each.state for each in found] == ["complete"] * 3
+    assert [each.outcome.status for each in found] == ["done"] * 3
     assert len(dvc.ran) == 1
 
 
 def test_three_failures_in_a_row_end_a_search_and_retry_tries_their_points_again(dvc: Dvc) -> None:
     p, dvc.fails = sweep(), True
-    assert [each.reason for each in ended(p)] == ["out of memory"] * 3
+    assert [each.outcome.reason for each in ended(p)] == ["out of memory"] * 3
     assert search.failed(study(p)) == [0, 1, 2]
     dvc.fails = False
     again = ended(p, retry=True)
-    assert [each.point for each in again[:3]] == dvc.ran[:3]
+    assert [each.outcome.point for each in again[:3]] == dvc.ran[:3]
     assert len(again) == 6
     assert search.failed(study(p)) == []
 

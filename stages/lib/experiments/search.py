@@ -19,10 +19,10 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
@@ -32,10 +32,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from stages.lib import environment, live
+from stages.lib import environment, live, tracking
 from stages.lib.errors import ConfigError, ExternalError
 from stages.lib.experiments import kept, running
-from stages.lib.experiments.points import Point, literal, point
+from stages.lib.experiments.points import Point, literal, point, signature
 from stages.lib.schema.sweep import Direction, Pruning, Sampler, Search, Sweep
 
 POLL_SECONDS = 1.0  # an evaluation takes longer
@@ -43,20 +43,27 @@ FAILURES_IN_A_ROW = 3  # without a finished trial: what is wrong is not one poin
 
 RETRY = "retry_of"  # attribute of a trial: the number of the failed one whose point it tries again
 
-State = Literal["complete", "pruned", "failed"]
-STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+STATES = {
+    "done": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "killed": TrialState.FAIL,
+}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended. value: of search.metric, where it is complete. reason: where it is not."""
+    """How a trial ended. value: of search.metric, where its point is done."""
 
     number: int
-    point: Point
-    state: State
     value: float | None
-    reason: str
-    seconds: float
+    outcome: running.Outcome
+
+    def __str__(self) -> str:
+        """trial 7 s-1a2b3c4d done in 310 s: 0.1312, lora.r=8 train.learning_rate=0.0004"""
+        ended, values = self.outcome, " ".join(self.outcome.point.overrides())
+        told = ended.reason if self.value is None else f"{self.value:.4f}"
+        return f"trial {self.number} {ended.point.name} {ended.status} in {ended.seconds:.0f} s: {told}, {values}"
 
 
 @dataclass
@@ -162,6 +169,17 @@ def open_study(p: Sweep, state: str, url: str | None = None) -> optuna.Study:
     return study
 
 
+def corners(p: Sweep, state: str) -> list[Point]:
+    """Points that together have every choice, and both ends of every range: what cannot be configured shows in them."""
+    domains = _search(p).space.items()
+    space = {key: found if isinstance(found, list) else [found["low"], found["high"]] for key, found in domains}
+    most = max(map(len, space.values()))
+    return [
+        point(str(p.id), {**p.fixed, **{key: found[i % len(found)] for key, found in space.items()}}, state)
+        for i in range(most)
+    ]
+
+
 def run(
     study: optuna.Study, p: Sweep, state: str, *, workers: int = 1, retry: bool = False, lost_host: str | None = None
 ) -> Iterator[Ended]:
@@ -176,14 +194,22 @@ def run(
     for number in failed(study) if retry else []:
         study.enqueue_trial(study.trials[number].params, user_attrs={RETRY: number})
     left = _claim_left(study, str(p.id), lost_host)
+    chain = [*tracking.upstream(p.target), p.target]
+    varied = signature(Point("", dict.fromkeys(s.space)), chain)
+    common = [stage for stage in chain if varied[stage] == "{}"]  # made once, and then found in DVC's cache
     at_work: list[Running] = []
     failures = 0
-    with ThreadPoolExecutor(workers) as pool:
+    with running.pool(workers) as threads:
         while True:
-            while len(at_work) < workers and failures < FAILURES_IN_A_ROW and (trial := _next(study, left, s.trials)):
+            while (
+                len(at_work) < workers
+                and failures < FAILURES_IN_A_ROW
+                and not any(running.unfinished(_log(p, each.point), common) for each in at_work)
+                and (trial := _next(study, left, s.trials))
+            ):
                 proposed = _proposed(trial, p, state)
                 same = next((other.future for other in at_work if other.point == proposed), None)
-                future = same or pool.submit(_run_once, proposed, p, workers)
+                future = same or running.start(threads, proposed, p, workers)
                 reported = len(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
                 at_work.append(Running(trial, proposed, future, reported))
             if not at_work:
@@ -197,16 +223,16 @@ def run(
                     continue
                 at_work.remove(each)
                 ended = _tell(study, each, s)
-                failures = failures + 1 if ended.state == "failed" else 0
+                failures = failures + 1 if ended.outcome.status in ("failed", "killed") else 0
                 yield ended
 
 
 def _search(p: Sweep) -> Search:
-    """Raises: ConfigError, for a sweep without."""
-    if p.search is None:
+    """Raises: ConfigError, for a sweep without, or without a name."""
+    if p.search is None or p.id is None:
         raise ConfigError(
-            f"sweep.search: found none in the sweep {p.id}, expected what Optuna shall propose (conf/sweep/"
-            "search_lora.yaml is an example). `make sweep` runs the points of a grid or a list."
+            f"sweep.search: found {p.search and 'one'}, sweep.id: found {p.id}; expected a name and what Optuna shall "
+            "propose, as in conf/sweep/search_lora.yaml. `make sweep` runs the points of a grid or a list."
         )
     return p.search
 
@@ -246,13 +272,8 @@ def _told(value: Any) -> Any:
     return literal(value) if isinstance(value, (list, dict)) else value
 
 
-def _run_once(proposed: Point, p: Sweep, workers: int) -> running.Outcome:
-    """Run a point that DVC does not have yet; of two drivers that propose the same one the second finds it there."""
-    with FileLock(running.folder(str(p.id)) / f"{proposed.name}.lock"):
-        if proposed.name in kept.references():
-            return running.Outcome(proposed, "done", "", running.folder(str(p.id)) / f"{proposed.name}.log", 0.0)
-        live.forget(proposed.name)
-        return running.run(proposed, str(p.id), p.target, workers=workers)
+def _log(p: Sweep, proposed: Point) -> Path:
+    return running.folder(str(p.id)) / f"{proposed.name}.log"
 
 
 def _lags(each: Running, s: Search) -> str:
@@ -276,17 +297,12 @@ def _lags(each: Running, s: Search) -> str:
 
 
 def _tell(study: optuna.Study, each: Running, s: Search) -> Ended:
-    outcome, told = each.future.result(), live.heard(each.point.name)
-    value, reason = None, outcome.reason
-    state: State = "failed"
-    if outcome.status == "done":
-        state, value = "complete", _metric(each.point.name, s.metric)
-    elif told and told.stopped_at is not None:
-        state, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
+    outcome = each.future.result()
+    value = _metric(each.point.name, s.metric) if outcome.status == "done" else None
     each.trial.set_user_attr("seconds", round(outcome.seconds, 1))
-    each.trial.set_user_attr("reason", reason)
-    study.tell(each.trial, value, STATES[state])
-    return Ended(each.trial.number, each.point, state, value, reason, outcome.seconds)
+    each.trial.set_user_attr("reason", outcome.reason)
+    study.tell(each.trial, value, STATES[outcome.status])
+    return Ended(each.trial.number, value, outcome)
 
 
 def _metric(name: str, metric: str) -> float:
@@ -330,7 +346,8 @@ def _is_left(trial: FrozenTrial, lost_host: str | None) -> bool:
 def summary(study: optuna.Study, p: Sweep) -> str:
     """How far a search is and what is best so far, in one line."""
     s, trials = _search(p), study.get_trials(deepcopy=False)
-    counts = {word: sum(trial.state is state for trial in trials) for word, state in STATES.items()}
+    words = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+    counts = {word: sum(trial.state is state for trial in trials) for word, state in words.items()}
     said = f"{sum(counts.values())} of {s.trials} trials ended: " + ", ".join(
         f"{n} {word}" for word, n in counts.items()
     )
