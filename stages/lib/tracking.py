@@ -245,7 +245,7 @@ def _is_open() -> bool:
 
 def upstream(stage: str) -> list[str]:
     """The stages this one depends on, also through others: what others report may be of another experiment."""
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     makers = {
         path: name for name in stages for kind in ("outs", "metrics", "plots") for path in paths(stages, name, kind)
     }

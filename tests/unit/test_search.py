@@ -32,7 +32,7 @@ class Dvc:
         self.fails = False
         self.pause = 0.0  # after an evaluation, long enough for the driver to look
 
-    def run(self, point: Point, sweep_id: str, target: str, *, workers: int) -> running.Outcome:
+    def run(self, point: Point, sweep_id: str, target: str, *, source: Path, workers: int) -> running.Outcome:
         log = running.folder(sweep_id) / f"{point.name}.log"
         if point.name in self.done:
             return running.Outcome(point, "done", "", log, 0.0)
@@ -58,8 +58,8 @@ class Dvc:
 def dvc(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Dvc:
     stand_in = Dvc()
     monkeypatch.setattr(running, "run", stand_in.run)
-    monkeypatch.setattr(search.tracking, "upstream", lambda target: [])
-    monkeypatch.setattr(search, "signature", lambda point, chain: {"evaluate": "its own"})
+    monkeypatch.setattr(running, "start_folder", lambda sweep_id: in_tmp)
+    monkeypatch.setattr(search, "signatures", lambda points, target: {"": {"evaluate": "its own"}})
     monkeypatch.setattr(kept, "find", stand_in.find)
     monkeypatch.setattr(search, "POLL_SECONDS", 0.002)
     return stand_in

@@ -17,6 +17,8 @@ import yaml
 from stages.lib import config, tracking
 from stages.lib.schema.sweep import Sweep
 
+PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE)  # text that needs no quotes
+ANY = "experiment"  # a choice that may change every section
 SLOWEST = "seed"  # whole seeds finish first, so that what is there can be compared
 
 
@@ -50,7 +52,7 @@ def state_of(params: Mapping[str, Any], target: str) -> str:
     Of the stages up to the target: their commands, the sections of params.yaml they read, and the files they depend on
     that no stage makes. With it a point has the same name today and tomorrow, and another when any of that has changed.
     """
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     names = [*tracking.upstream(target), target]
     made = {
         path for name in names for kind in ("outs", "metrics", "plots") for path in tracking.paths(stages, name, kind)
@@ -87,22 +89,29 @@ def covering(points: Sequence[Point]) -> list[Point]:
     return chosen
 
 
-def signature(point: Point, chain: Sequence[str]) -> dict[str, str]:
-    """For each stage of a chain, what of the point's values its result depends on: points that agree share the result.
+def signatures(points: Sequence[Point], target: str) -> dict[str, dict[str, str]]:
+    """For each point, by name, and each stage up to the target: what of its values the stage's result depends on.
 
-    {"lora.r": 8, "data.fraction": 0.5}  ->  {"base_model": "{}", "prepare": '{"data.fraction": 0.5}', ...}
+    Points that agree share the result.
+
+        {"lora.r": 8, "data.fraction": 0.5}  ->  {"base_model": "{}", "prepare": '{"data.fraction": 0.5}', ...}
     """
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
-    found = {}
-    for name in chain:
-        sections = {section for one in (name, *tracking.upstream(name)) for section in stages[one]["params"]}
-        own = {key: value for key, value in point.values.items() if _section(key) in {*sections, "experiment"}}
-        found[name] = json.dumps(own, sort_keys=True)
-    return found
+    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
+    sections = {
+        name: {section for one in (name, *tracking.upstream(name)) for section in stages[one]["params"]}
+        for name in (*tracking.upstream(target), target)
+    }
+    return {
+        point.name: {
+            name: json.dumps({key: value for key, value in point.values.items() if _section(key) in {*read, ANY}})
+            for name, read in sections.items()
+        }
+        for point in points
+    }
 
 
 def _section(key: str) -> str:
-    """lora.r, +lora.new or the choice of a file (lora=dora) -> lora; an experiment's file may change any."""
+    """lora.r, +lora.new, or the choice of a file (lora=dora) -> lora."""
     return key.lstrip("+~").split(".")[0].split("@")[0]
 
 
@@ -123,4 +132,6 @@ def literal(value: Any) -> str:
         return "[" + ",".join(map(literal, value)) + "]"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        return '"' + value.replace('"', '\\"') + '"'
     return str(value)

@@ -3,7 +3,7 @@
     repository --start_folder--> runs/sweeps/<id>/at-<hash>   --dvc exp run--> refs/exps/... --collect--> repository
 
 DVC starts an experiment by stashing, resetting and detaching the tree it stands in. It does so in a copy: who edits a
-file at that moment loses nothing, a kill at that moment leaves nothing behind, and all points run the code of the start.
+file at that moment loses nothing, a kill at that moment breaks nothing, and all points run the code of the start.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from stages.lib import environment, files, leases, live, stage, tracking
 from stages.lib.errors import DataError, ExternalError
 from stages.lib.experiments import kept
-from stages.lib.experiments.points import Point, signature
+from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
 
 Status = Literal["done", "failed", "killed", "pruned"]
@@ -64,16 +64,25 @@ def command(point: Point, sweep_id: str, target: str) -> list[str]:
     return ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", point.name, *settings, target]
 
 
-def run(point: Point, sweep_id: str, target: str, *, workers: int = 1, watch: Watch | None = None) -> Outcome:
+def run(
+    point: Point,
+    sweep_id: str,
+    target: str,
+    *,
+    source: Path | None = None,
+    workers: int = 1,
+    watch: Watch | None = None,
+) -> Outcome:
     """Run one point, wait for its end, and bring its experiment into the repository.
 
     A point that another driver runs at the moment is waited for. The outcome is also kept in <name>.json.
+
+    Args: source: see `start_folder`; the repository as it is now by default.
     """
     started = time.monotonic()
+    source = source or start_folder(sweep_id)
     place = folder(sweep_id)
-    place.mkdir(parents=True, exist_ok=True)
     log = place / f"{point.name}.log"
-    source = start_folder(sweep_id)
     with _locked(place / f"{point.name}.lock", interruptible=True) as claim:
         collect(source)
         if point.name in kept.references():
@@ -81,16 +90,16 @@ def run(point: Point, sweep_id: str, target: str, *, workers: int = 1, watch: Wa
         live.forget(point.name)
         asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
         collect(source)
-    status, reason = ("done", "") if point.name in kept.references() else ending(log.read_text(errors="replace"))
-    if asked and status != "done":
-        status, reason = "killed", asked
-    if status != "done" and (told := live.heard(point.name)) and told.stopped_at is not None:
-        status, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
+    status: Status = "done"
+    reason = ""
+    if point.name not in kept.references():
+        status, reason = ("killed", asked) if asked else ending(log.read_text(errors="replace"))
+        if (told := live.heard(point.name)) and told.stopped_at is not None:
+            status, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
     outcome = Outcome(point, status, reason, log, time.monotonic() - started)
-    record = {"name": point.name, "values": point.values, "status": status, "reason": reason}
-    files.write_json(
-        place / f"{point.name}.json", record | {"seconds": round(outcome.seconds, 1), "ended": time.time()}
-    )
+    record: dict[str, Any] = {"name": point.name, "values": point.values, "status": status, "reason": reason}
+    record |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
+    files.write_json(place / f"{point.name}.json", record)
     return outcome
 
 
@@ -101,7 +110,8 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
     cache; a point that shares nothing goes before it.
     """
     chain = [*tracking.upstream(p.target), p.target]
-    shared = {point.name: signature(point, chain) for point in points}
+    shared = signatures(points, p.target)
+    source = start_folder(str(p.id))
     waiting, running = list(points), dict[Future[Outcome], Point]()
     with pool(workers) as threads:
         while waiting or running:
@@ -113,7 +123,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
             free = [point for point in waiting if busy.isdisjoint(shared[point.name].items())]
             if free and len(running) < workers:
                 waiting.remove(free[0])
-                running[start(threads, free[0], p, workers)] = free[0]
+                running[start(threads, free[0], p, source=source, workers=workers)] = free[0]
                 continue
             ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
             for each in ended:
@@ -135,10 +145,10 @@ def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         _ending.clear()
 
 
-def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, workers: int) -> Future[Outcome]:
+def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, *, source: Path, workers: int) -> Future[Outcome]:
     """Run a point in one of the threads; its log of an earlier attempt goes, as it says nothing of this one."""
     (folder(str(p.id)) / f"{point.name}.log").unlink(missing_ok=True)
-    return threads.submit(run, point, str(p.id), p.target, workers=workers)
+    return threads.submit(run, point, str(p.id), p.target, source=source, workers=workers)
 
 
 def unfinished(log: Path, chain: Sequence[str]) -> list[str]:
@@ -246,6 +256,7 @@ def start_folder(sweep_id: str) -> Path:
     edits = _git(root, "stash", "create")
     tree = _git(root, "rev-parse", f"{edits or head}^{{tree}}")
     clone = folder(sweep_id) / f"at-{hashlib.sha256(f'{head} {tree}'.encode()).hexdigest()[:12]}"
+    clone.parent.mkdir(parents=True, exist_ok=True)
     with _locked(clone.with_suffix(".making")):
         if not (clone / ".dvc/tmp/start.json").exists():
             shutil.rmtree(clone, ignore_errors=True)
@@ -298,6 +309,17 @@ def collect(clone: Path) -> None:
         options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
         with _locked(clone.parent / "collecting"):
             _git(environment.root(), "fetch", *options, str(clone), *new)
+
+
+def at_work() -> list[str]:
+    """Names of the points that run at the moment, of whichever sweep and driver."""
+    found = []
+    for path in sorted(folder("").glob("*/*.lock")):
+        with path.open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            continue
+        found.append(path.stem)
+    return found
 
 
 def outcomes(sweep_id: str) -> list[dict[str, Any]]:

@@ -32,10 +32,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from stages.lib import environment, live, tracking
+from stages.lib import environment, live
 from stages.lib.errors import ConfigError, ExternalError
 from stages.lib.experiments import kept, running
-from stages.lib.experiments.points import Point, literal, point, signature
+from stages.lib.experiments.points import Point, literal, point, signatures
 from stages.lib.schema.sweep import Direction, Pruning, Sampler, Search, Sweep
 
 POLL_SECONDS = 1.0  # an evaluation takes longer
@@ -154,7 +154,7 @@ def open_study(p: Sweep, state: str, url: str | None = None) -> optuna.Study:
     kept_in = storage(str(p.id), url)
     common = [p.fixed, p.target, s.metric, s.direction, s.space, state]
     name = f"{p.id}-{hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:8]}"
-    with FileLock(running.folder(str(p.id)) / "study.lock"):
+    with FileLock(running.folder(str(p.id)) / "study.opening"):
         study = optuna.create_study(
             storage=kept_in,
             sampler=PerTrial(s.sampler, s.seed),
@@ -194,9 +194,9 @@ def run(
     for number in failed(study) if retry else []:
         study.enqueue_trial(study.trials[number].params, user_attrs={RETRY: number})
     left = _claim_left(study, str(p.id), lost_host)
-    chain = [*tracking.upstream(p.target), p.target]
-    varied = signature(Point("", dict.fromkeys(s.space)), chain)
-    common = [stage for stage in chain if varied[stage] == "{}"]  # made once, and then found in DVC's cache
+    varied = signatures([Point("", dict.fromkeys(s.space))], p.target)[""]
+    common = [stage for stage, own in varied.items() if own == "{}"]  # made once, and then found in DVC's cache
+    source = running.start_folder(str(p.id))
     at_work: list[Running] = []
     failures = 0
     with running.pool(workers) as threads:
@@ -209,7 +209,7 @@ def run(
             ):
                 proposed = _proposed(trial, p, state)
                 same = next((other.future for other in at_work if other.point == proposed), None)
-                future = same or running.start(threads, proposed, p, workers)
+                future = same or running.start(threads, proposed, p, source=source, workers=workers)
                 reported = len(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
                 at_work.append(Running(trial, proposed, future, reported))
             if not at_work:
@@ -317,7 +317,7 @@ def _metric(name: str, metric: str) -> float:
 
 def _claim_left(study: optuna.Study, sweep_id: str, lost_host: str | None) -> list[FrozenTrial]:
     """The trials that a driver which is gone has left running; they are this one's now."""
-    with FileLock(running.folder(sweep_id) / "study.lock"):
+    with FileLock(running.folder(sweep_id) / "study.opening"):
         trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         left = [trial for trial in trials if _is_left(trial, lost_host)]
         for trial in left:
