@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock
 
 from stages.lib import config, environment, files
+from stages.lib.errors import Pruned
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def run(stage: str, params: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except BaseException as fault:
-        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt)) else "FAILED"
+        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt, Pruned)) else "FAILED"
         failure = f"{type(fault).__name__}: {fault}"[:5000]
         _try(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
         raise

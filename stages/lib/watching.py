@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from stages.lib import adapters, generation, optimisation, packing, progress, stage, tracking, unpacking
+from stages.lib import adapters, generation, live, optimisation, packing, progress, stage, tracking, unpacking
 from stages.lib.errors import DataError, GateError
 from stages.lib.schema.train import Train
 
@@ -108,6 +108,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not any(packing.trained_tokens(pack.labels) for pack in self.trainer.validation):
             raise DataError("data/packed/validation: found no labelled token, expected some. Raise split.validation.")
+        live.start()
         self.planned = optimisation.evaluations(self.p, state.max_steps)
         self.steps_per_point = tracking.steps_per_point(state.max_steps)
         self.noise = optimisation.scale_noise(self.trainer.model, self.p.neftune_alpha)
@@ -132,6 +133,7 @@ class Watch(TrainerCallback):
         seconds = time.perf_counter() - self.step_started
         self.timed.append((self.trainer.tokens_seen - self.step_tokens, seconds))
         control.should_evaluate = state.global_step in self.planned
+        live.obey(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -167,6 +169,8 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
         if (self.planned.index(step) + 1) % tracking.steps_per_point(len(self.planned)) == 0:
             tracking.log_step(step, {"val/loss": val_loss})
+        evaluated = [line["val_loss"] for line in self.trained.curve if line["step"] in self.planned]
+        live.tell(evaluated, len(self.planned))
         self._sample(step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
