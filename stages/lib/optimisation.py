@@ -39,6 +39,7 @@ def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: s
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
+        ddp_find_unused_parameters=False,  # every tensor of the adapter takes part in every pass
         report_to="none",
         disable_tqdm=True,
     )

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from stages.lib import adapters, generation, optimisation, packing, progress, stage, tracking, unpacking
+from stages.lib import adapters, generation, launching, optimisation, packing, progress, stage, tracking, unpacking
 from stages.lib.errors import DataError, GateError
 from stages.lib.schema.train import Train
 
@@ -117,13 +117,15 @@ class Watch(TrainerCallback):
             self._say(f"step 0/{state.max_steps}: validation loss {self.course.base_loss:.4f} (the base)")
         self.started = self.shown = time.monotonic()
         done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=None)
+        is_silent = None if launching.is_first() else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=is_silent)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), self.trainer.tokens_seen
         self.step_labels = self.trainer.labels_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.count()
         if self.trainer.labels_seen == self.step_labels:
             raise DataError(
                 f"qlora_train: found no labelled token in the packs of step {state.global_step}, expected at least "
