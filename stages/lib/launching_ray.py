@@ -4,6 +4,7 @@ The nodes share the file system that the working folder and the repository lie o
 packs there, rank 0 saves and writes there. The code of the stage is sent along.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -47,6 +48,7 @@ def run(job: launching.Job) -> Any:
     """
     cores = int(os.environ["OMP_NUM_THREADS"])
     engine_ray.connect(job.runtime.ray_address, cpus=cores * job.processes)
+    handed_on = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
     (environment.root() / "runs").mkdir(exist_ok=True)
     with TemporaryDirectory(dir=environment.root() / "runs") as storage:  # Ray Train looks for it on every node
         said = Path(storage) / "said"
@@ -62,7 +64,7 @@ def run(job: launching.Job) -> Any:
                 name="training",
                 storage_path=storage,
                 failure_config=FailureConfig(max_failures=0),
-                worker_runtime_env={"env_vars": {name: os.environ[name] for name in HANDED_ON if name in os.environ}},
+                worker_runtime_env={"env_vars": handed_on | {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
             ),
         )
         try:
@@ -105,6 +107,7 @@ def _take_part(config: dict[str, Any]) -> Any:
         )
     rank = ray.train.get_context().get_world_rank()
     if rank == 0:
+        logging.getLogger().handlers.clear()  # Ray's, which show all that libraries log
         sys.stdout = sys.stderr = open(config["said"], "a", buffering=1)  # as long as the worker lives
     return launching.take_part(job, rank)
 
