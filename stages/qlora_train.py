@@ -67,9 +67,10 @@ def train(given: Mapping[str, Any], points: Path) -> "Trained":
         seed=p.seed,
         checkpoints=checkpoints.Checkpoints(points),
     )
+    values = adapters.whole(model)
     if launching.is_first():
         with files.replacing(Path("models/adapter")) as folder:
-            adapters.save(model, folder)
+            adapters.save(model, folder, values)
             described = adapters.describe(model, p.lora, resolved) | {"ended": trained.ended}
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)

@@ -12,15 +12,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from stages.lib import adapters, launching, numerics, optimisation, packing
 from stages.lib.checkpoints import Checkpoints
 from stages.lib.errors import ExternalError, GateError
 from stages.lib.loss import answer_nll, end_to_end
-from stages.lib.schema.train import Train
+from stages.lib.schema.train import Sharding, Train
 from stages.lib.watching import Prompting, Trained, Watch
 
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -114,6 +119,11 @@ class PackedTrainer(SFTTrainer):
                 f"train.processes: found {found} that know each other, expected {p.processes}. "
                 "Variables such as WORLD_SIZE, RANK or LOCAL_RANK in the environment may come from another launcher."
             )
+        if p.sharding is Sharding.fsdp and not self.accelerator.is_fsdp2:  # accelerate would go on without a word
+            raise ExternalError(
+                f"train.sharding: found fsdp with {self.accelerator.distributed_type}, expected several GPUs: nothing "
+                "would be shared."
+            )
         self.model_accepts_loss_kwargs = True  # so that labels are counted over a step, whatever the model's signature
         self.validation = validation
         self.tokens_seen = self.labels_seen = 0  # of all processes, up to the last step
@@ -165,13 +175,16 @@ class PackedTrainer(SFTTrainer):
         model, size = self.model, self.args.per_device_eval_batch_size
         model.eval()
         total, n = 0.0, 0
-        own = range(self.args.process_index * size, len(self.validation), self.args.world_size * size)
         with nullcontext() if with_adapter else model.disable_adapter():
-            for i in own:
-                batch = end_to_end([vars(pack) for pack in self.validation[i : i + size]])
+            for first in range(0, len(self.validation), size * self.args.world_size):
+                i = first + size * self.args.process_index
+                own = self.validation[i : i + size]
+                # What processes have shares of takes all of them for every pass, the one without a batch, too.
+                batch = end_to_end([vars(pack) for pack in own or self.validation[:1]])
                 with self.compute_loss_context_manager():
                     nll, n_labels = answer_nll(model, self._prepare_inputs(batch))
-                total, n = total + nll.double().item(), n + n_labels
+                if own:
+                    total, n = total + nll.double().item(), n + n_labels
         model.train()
         nats, labels = self._sums([total, n])
         return nats / labels
@@ -180,9 +193,11 @@ class PackedTrainer(SFTTrainer):
         """Save a point to go on from; none at the end, which the callbacks' say to stop would not survive."""
         if self.control.should_training_stop:
             return
-        random = self._random_states()
+        random, adapter, optimizer = self._random_states(), adapters.whole(self.model), self._optimizer_state()
         if self.is_world_process_zero():
-            self.checkpoints.save(self.state.global_step, lambda folder: self._write_state(folder, random))
+            self.checkpoints.save(
+                self.state.global_step, lambda folder: self._write_state(folder, random, adapter, optimizer)
+            )
 
     def _random_states(self) -> dict[str, bytes]:
         """The files in which Trainer keeps the states of the random generators, of every process."""
@@ -190,13 +205,38 @@ class PackedTrainer(SFTTrainer):
             self._save_rng_state(scratch)
             return dict(gather_object([(path.name, path.read_bytes()) for path in Path(scratch).iterdir()]))
 
-    def _write_state(self, folder: Path, random: dict[str, bytes]) -> None:
+    def _optimizer_state(self) -> dict[str, Any]:
+        """What Trainer reads again; on the first process, put together where there are shares."""
+        if not self.is_fsdp_enabled:
+            return self.optimizer.state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not (checkpoint and self.is_fsdp_enabled):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, weights_only=True) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, optimizer, options=options)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    def _write_state(
+        self,
+        folder: Path,
+        random: dict[str, bytes],
+        adapter: dict[str, torch.Tensor],
+        optimizer: dict[str, Any],
+    ) -> None:
         values, best = self.watch.state()
         counts = {"tokens_seen": self.tokens_seen, "labels_seen": self.labels_seen}
         (folder / "progress.json").write_text(json.dumps({"trainer": counts, "watch": values}))
         save_file(best, folder / "best.safetensors")
-        save_file({n: w.detach() for n, w in adapters.trainable(self.model).items()}, folder / "adapter.safetensors")
-        self._save_optimizer_and_scheduler(str(folder))
+        save_file(adapter, folder / "adapter.safetensors")
+        torch.save(optimizer, folder / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         for name, content in random.items():
             (folder / name).write_bytes(content)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -212,7 +252,7 @@ class PackedTrainer(SFTTrainer):
         assert stored.keys() == parameters.keys()
         for name, parameter in parameters.items():
             assert (stored[name].dtype, stored[name].shape) == (parameter.dtype, parameter.shape)
-            parameter.data.copy_(stored[name])
+        adapters.fill(self.model, stored)
         print(f"qlora_train: goes on after {folder.name}")
 
     @torch.no_grad()

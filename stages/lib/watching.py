@@ -156,7 +156,7 @@ class Watch(TrainerCallback):
         train_loss = statistics.fmean(line["loss"] for line in self.trained.curve[since:])
         val_loss = self.trained.curve[-1]["val_loss"] = metrics["eval_loss"]
         if course.evaluated(step, val_loss, train_loss, threshold=p.early_stopping_threshold):
-            self.best = {n: w.detach().clone() for n, w in adapters.trainable(self.trainer.model).items()}
+            self.best = adapters.whole(self.trainer.model)
         mark = "the best so far" if course.best_step == step else f"{course.without_gain} without a gain"
         self._say(f"step {step}/{state.max_steps}: validation loss {val_loss:.4f} ({mark})")
         if course.is_overfitting and not was_overfitting:
@@ -180,15 +180,15 @@ class Watch(TrainerCallback):
         trainer, state, course = self.trainer, self.trainer.state, self.course
         if not self.best:
             raise GateError("qlora_train: no validation loss was finite. Lower train.learning_rate.")
-        parameters = adapters.trainable(trainer.model)
-        for name, parameter in parameters.items():
-            if torch.equal(parameter, trainer.drawn[name].to(parameter.device)):
+        learned = adapters.whole(trainer.model)
+        for name, values in learned.items():
+            if torch.equal(values, trainer.drawn[name].to(values.device)):
                 raise GateError(
                     f"qlora_train: {name} was not moved by {state.global_step} steps, expected every tensor of the "
                     "adapter to learn. Raise train.learning_rate or train.epochs, or leave the layer out of "
                     "lora.target_modules."
                 )
-            parameter.data.copy_(self.best[name])
+        adapters.fill(trainer.model, self.best)
         again = trainer.validation_loss()
         if not abs(again - course.best_loss) <= AGAIN[trainer.compute_dtype] * course.best_loss:
             raise GateError(
@@ -210,7 +210,7 @@ class Watch(TrainerCallback):
             "train/overfitting": int(course.is_overfitting),
             "train/tokens": trainer.tokens_seen,
             "train/tokens/labelled": trainer.labels_seen,
-            "adapter/trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "adapter/trainable_parameters": sum(values.numel() for values in learned.values()),
         }
         self.trained.measured = {
             "train/seconds": time.monotonic() - self.started,
