@@ -9,12 +9,13 @@ Every answer here is a weighted sum of the settings' figures, (sums, settings), 
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from stages.lib.bootstrap import Numbers
+from stages.lib.comparison import holm
 from stages.lib.experiments import uncertainty
 from stages.lib.experiments.uncertainty import Figures, Interval
 
@@ -225,7 +226,7 @@ def matters_more(found: Figures, settings: Sequence[Values], one: Factor, other:
 def interplay(found: Figures, settings: Sequence[Values]) -> list[Interplay]:
     """For each two factors how much of the difference between settings is theirs together only, the largest first.
 
-    p_value: of so much by chance, when each factor does the same at every level of the other.
+    p_value: of so much by chance, when each factor does the same at every level of the other; corrected by Holm.
     """
     listed = [factor for factor in factors(settings) if not factor.is_slope]
     design = Design(settings, listed)
@@ -244,7 +245,9 @@ def interplay(found: Figures, settings: Sequence[Values]) -> list[Interplay]:
         seen = float(((basis.T @ found.means) ** 2).sum())
         chance = (((found.draws - found.means) @ basis) ** 2).sum(axis=1)
         made.append(Interplay(one, other, seen / total, float((1 + np.sum(chance >= seen)) / (1 + len(chance)))))
-    return sorted(made, key=lambda each: -each.share)
+    corrected = holm([each.p_value for each in made])
+    told = [replace(each, p_value=p_value) for each, p_value in zip(made, corrected, strict=True)]
+    return sorted(told, key=lambda each: -each.share)
 
 
 def per_doubling(

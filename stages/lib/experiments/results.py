@@ -260,11 +260,10 @@ def failures(done: Sequence[str], logs: Mapping[str, str], rows: Mapping[str, tu
 
 def mlflow_rows(sweep_id: str, uri: str) -> dict[str, tuple[str, str]] | None:
     """Status and reason of every row of a sweep in MLflow, by experiment; None where it has no store or is away."""
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None  # asking would make it
     from mlflow import MlflowClient, MlflowException
 
-    place = uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite:") and not Path(place).exists():
-        return None
     try:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(tracking.EXPERIMENT)

@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from stages.lib import page
 from stages.lib.evaluation_page import MEANINGS, NAMES, brief, figure, p_value, signed
+from stages.lib.experiments import uncertainty
 from stages.lib.experiments.analysis import Analysis, Row
 from stages.lib.experiments.effects import Effect, Factor
 from stages.lib.experiments.results import Counts
 from stages.lib.experiments.uncertainty import Interval
 
 REASON = 160  # characters of why a point failed
+MOST = 10_000  # seeds or rows that are worth counting
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def render(
         headline=headline(a),
         answers=answers(a),
         name=measure_name,
+        title=lambda each: _upper(measure_name(each)),
+        number=number,
         meaning=MEANINGS[a.measure.name],
         percent=f"{100 * a.p.confidence:g}%",
         figure=figure,
@@ -116,9 +122,10 @@ def headline(a: Analysis) -> str:
     words += f"; {len(among) - 1} of the other {len(a.rows) - 1} cannot be told from it"
     if chosen is best:
         return f"{words}, and none of them is cheaper."
+    at_most = max(abs(end) for end in _ends(chosen.behind))
     return (
-        f"{words}. The cheapest of them: {label(chosen.values)}, {brief(chosen.figure.value)}, for "
-        f"{_share(chosen.cost.flop / best.cost.flop)} of the work and "
+        f"{words}. The cheapest of them: {label(chosen.values)}, {brief(chosen.figure.value)}, at most "
+        f"{brief(at_most)} worse, for {_share(chosen.cost.flop / best.cost.flop)} of the work and "
         f"{_share(chosen.cost.trainable / best.cost.trainable)} of the trained weights."
     )
 
@@ -141,15 +148,24 @@ def answers(a: Analysis) -> list[str]:
         else:
             found.append(
                 f"{name}: no difference is told between {_list([level(each) for each in effect.factor.levels])}; "
-                f"if there is one, it is at most {brief(effect.bound)}."
+                f"if there is one, it is at most {figure(effect.bound)}."
             )
-    found += [f"{short(one)} matters more than {short(other)}." for one, other in a.more]
+    larger: dict[Factor, list[str]] = {}
+    for one, other in a.more:
+        larger.setdefault(one, []).append(short(other))
+    found += [f"{short(one)} matters more than {_list(others)}." for one, others in larger.items()]
     told = [each for each in a.interplay if each.p_value <= 1 - a.p.confidence]
     found += [
         f"What {short(each.one)} does depends on {short(each.other)} ({_share(each.share)} of the variance between "
-        f"settings, p {p_value(each.p_value)}): read their averages with the table of settings."
+        f"settings, p {p_value(each.p_value)}): read their averages with the list of settings."
         for each in told
     ]
+    if (chosen := a.recommended).needed:
+        seeds = f"{number(chosen.needed.seeds)} seeds of each" if a.has_seeds else "more seeds"
+        found.append(
+            f"To tell the recommended setting from the best, if their difference is the one seen: {seeds}, or "
+            f"{number(chosen.needed.rows)} test rows."
+        )
     return found
 
 
@@ -179,6 +195,13 @@ def warnings(a: Analysis) -> list[str]:
     elif (unequal := sorted({len(row.by_seed) for row in a.rows})) != [max(unequal)]:
         found.append(
             f"Settings have from {unequal[0]} to {unequal[-1]} seeds; the noise of seeds is that of all together."
+        )
+    by_seed = {label(row.values): list(row.by_seed.values()) for row in a.rows}
+    if uncertainty.equal_noise(list(by_seed.values())) < 1 - a.p.confidence:
+        widest = max(by_seed, key=lambda name: float(np.std(by_seed[name])))
+        found.append(
+            f"Settings differ in their noise of seeds, most is that of {widest}; here all have the same. Averages over "
+            "settings bear that, comparisons of single settings less."
         )
     ranks, alphas, modes = (
         sorted({row.setting.values[f"lora.{key}"] for row in a.rows}) for key in ("r", "alpha", "alpha_mode")
@@ -301,12 +324,22 @@ def amount(value: float) -> str:
     return f"{value:.3g}"
 
 
+def number(value: int | None) -> str:
+    """How many seeds or rows are needed, no more exactly than that can be known."""
+    return "no number of" if value is None else f"{value:,}" if value <= MOST else f"over {MOST:,}"
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _share(value: float) -> str:
     return f"{100 * value:.0f}%" if value >= 0.005 else f"{100 * value:.1g}%"
 
 
 def _interval(found: Interval, *, sign: bool = True) -> str:
-    return f"{brief(found.value, sign=sign)} [{brief(found.low, sign=sign)}, {brief(found.high, sign=sign)}]"
+    value, low, high = (signed(end) if sign or end < 0 else figure(end) for end in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _list(words: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import bartlett, norm
 
 from stages.lib.bootstrap import Numbers
 
@@ -122,6 +122,12 @@ def seed_noise(scores: Sequence[Numbers], shares: Numbers) -> Seeds:
     n_rows = len(shares)
     on_rows = float((shares**2 * rest**2).sum()) / freedom * n_rows / max(1, n_rows - 1)
     return Seeds(max(0.0, float(off @ off) / freedom - on_rows), on_rows, freedom)
+
+
+def equal_noise(trainings: Sequence[Sequence[float]]) -> float:
+    """p-value of settings whose figures differ between seeds as unequally as these, all having one noise (Bartlett)."""
+    several = [each for each in trainings if len(each) > 1 and np.ptp(each) > 0]
+    return float(bartlett(*several).pvalue) if len(several) > 1 else 1.0
 
 
 def interval(found: Figures, weights: Numbers, *, confidence: float) -> Interval:
