@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from stages.lib import config
 from stages.lib.errors import PipelineError
 from stages.lib.evaluation_page import figure, p_value, signed
-from stages.lib.experiments import differences, kept, results
+from stages.lib.experiments import differences, kept, results, sweep_page
 from stages.lib.experiments.differences import Scores, Stage
-from stages.lib.experiments.results import Setting
+from stages.lib.experiments.results import Measure, Setting
 from stages.lib.schema.evaluate import Evaluate
 
 
@@ -94,10 +94,16 @@ def _lines(found: Scores) -> list[str]:
 
 
 def _over_seeds(found: Scores) -> list[str]:
+    def settled(measure: Measure) -> str:
+        asked = found.settled_by(measure)
+        seeds, rows = sweep_page.number(asked.seeds), sweep_page.number(asked.rows)
+        return f"; {seeds} seeds of each would tell, or {rows} test rows"
+
     return [
         f"{measure!s:<32} {figure(found.figures[measure].means[0]):>8} {figure(found.figures[measure].means[1]):>8}  "
         f"{signed(each.value):>7} [{signed(each.low)}, {signed(each.high)}]  one seed to another "
         f"{figure(found.figures[measure].seeds.sd)}  {each.verdict(higher_is_better=measure.higher_is_better)}"
+        + ("" if each.is_told else settled(measure))
         for measure, each in found.over_seeds.items()
     ]
 

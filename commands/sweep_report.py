@@ -67,11 +67,14 @@ def report(asked: argparse.Namespace) -> int:
     model = evaluated[-1].params["base_model"]["id"].split("/")[-1]
     with files.replacing(page) as new:
         new.write_text(sweep_page.render(judged, counts, sweep_id=asked.sweep, model=model), encoding="utf-8")
-    print(f"sweep {asked.sweep}: {counts.analysed} of {counts.done} experiments in {len(settings)} settings")
+    planned_too = "" if counts.planned is None else f", {counts.planned} planned"
+    print(
+        f"sweep {asked.sweep}: {counts.analysed} of {counts.done} experiments in {len(settings)} settings{planned_too}"
+    )
     print(sweep_page.headline(judged[0]))
     print("\n".join(f"  {line}" for line in [*sweep_page.answers(judged[0]), *sweep_page.warnings(judged[0])]))
     if counts.failures:
-        print(f"{len(counts.failures)} points failed or are unfinished, the page lists them")
+        print(f"{len(counts.failures)} points failed or have not ended, the page lists them")
     print(f"sweep-report: {page}")
     return 0
 

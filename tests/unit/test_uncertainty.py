@@ -72,6 +72,12 @@ def test_answers_that_change_with_the_seed_are_not_taken_for_good_and_bad_seeds(
     assert found[0].freedom == 12
 
 
+def test_settings_that_never_answer_right_do_not_make_the_others_look_surer() -> None:
+    scores = next(sweeps(1, [0.5] * 3))
+    shares = np.full(60, 1 / 60)
+    assert uncertainty.seed_noise([*scores, np.zeros((3, 60))], shares) == uncertainty.seed_noise(scores, shares)
+
+
 def test_of_one_seed_each_nothing_is_known_of_seeds() -> None:
     found = figures(next(sweeps(1, (0.5, 0.6), seeds=1)))
     assert found.seeds == uncertainty.Seeds(0.0, 0.0, 0)

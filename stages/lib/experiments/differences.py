@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from scipy.stats import norm
 
 from stages.lib import comparison, config, files, tracking
 from stages.lib.comparison import Line
 from stages.lib.experiments import kept, results, uncertainty
 from stages.lib.experiments.kept import Experiment
 from stages.lib.experiments.results import Measure, Setting
-from stages.lib.experiments.uncertainty import Figures, Interval
+from stages.lib.experiments.uncertainty import Figures, Interval, Needed
 from stages.lib.schema.evaluate import Evaluate
 
 CODE = ("stages", "conf", "hydra_plugins", "requirements.lock", "dvc.yaml")
@@ -80,11 +81,12 @@ def code(one: Experiment, other: Experiment) -> str:
 @dataclass(frozen=True)
 class Scores:
     """The second experiment minus the first. lines: of these two trainings, over test rows. over_seeds: main measures
-    and losses by setting, over rows and seeds; empty unless both have several seeds."""
+    and losses by setting, over rows and seeds, with this confidence; empty unless both have several seeds."""
 
     lines: list[Line]
     over_seeds: dict[Measure, Interval]
     figures: dict[Measure, Figures]
+    confidence: float
 
     def verdict(self) -> str:
         """`better`: on the main measure of one task at least, and worse on none; `worse`: on one at least."""
@@ -92,6 +94,11 @@ class Scores:
             self.word(comparison.main_measure(self.lines, task)) for task in sorted({line.task for line in self.lines})
         ]
         return "worse" if "worse" in words else "better" if "better" in words else "cannot tell"
+
+    def settled_by(self, measure: Measure) -> Needed:
+        """The seeds, or test rows, that would tell a difference of the size seen."""
+        found = self.figures[measure]
+        return uncertainty.needed(found, 1, 0, critical=float(norm.ppf((1 + self.confidence) / 2)))
 
     def word(self, line: Line) -> str:
         """Over seeds where they are known, since two single trainings differ by chance as well."""
@@ -109,7 +116,7 @@ def scores(one: Setting, first: Experiment, other: Setting, second: Experiment, 
     )
     lines = comparison.between(ours, theirs, p)
     if min(len(one.trainings), len(other.trainings)) < 2:
-        return Scores(lines, {}, {})
+        return Scores(lines, {}, {}, p.confidence)
     tables = [[results.scored(each) for each in setting.trainings.values()] for setting in (one, other)]
     measures = _judging(lines)
     figures = {}
@@ -123,7 +130,7 @@ def scores(one: Setting, first: Experiment, other: Setting, second: Experiment, 
     over_seeds = {
         each: uncertainty.interval(found, difference, confidence=confidence) for each, found in figures.items()
     }
-    return Scores(lines, over_seeds, figures)
+    return Scores(lines, over_seeds, figures, confidence)
 
 
 def _judging(lines: Sequence[Line]) -> list[Measure]:

@@ -111,9 +111,11 @@ def figures(scores: Sequence[Numbers], weights: Numbers, *, samples: int, seed: 
 def seed_noise(scores: Sequence[Numbers], shares: Numbers) -> Seeds:
     """The noise of seeds, from how each setting's trainings differ from their mean.
 
-    Rows on which single answers change add to it as they would to any mean over rows; that part is taken out.
+    Rows on which single answers change add to it as they would to any mean over rows; that part is taken out. A setting
+    whose trainings all have one figure, such as zero, says nothing of how the others vary and is left out.
     """
     several = [each - each.mean(axis=0) for each in scores if len(each) > 1]
+    several = [each for each in several if np.ptp(each @ shares) > 0] or several
     freedom = sum(len(each) - 1 for each in several)
     if not freedom:
         return Seeds(0.0, 0.0, 0)
