@@ -1,5 +1,6 @@
 """Two runs of one experiment held beside each other: where they part, why, and what is said about it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import yaml
 
 from commands import reproduce
-from stages.lib import comparison, environment, tracking
+from stages.lib import comparison, environment, files, stage, tracking
 from stages.lib.errors import ConfigError
 from stages.lib.experiments import reproduction
+from stages.lib.experiments.kept import Experiment
 from stages.lib.experiments.reproduction import Difference, Reproduction
-from tests.conftest import git
+from tests.conftest import ROOT, git
 
 PARAMS = """
 seed: 3
@@ -174,6 +176,29 @@ def test_a_plain_repro_is_found_by_the_commit_with_its_parameters_and_code(
     assert reproduction.commit_of(name) == revisions[0]
     with pytest.raises(ConfigError, match="no commit of a branch or tag"):
         reproduction.commit_of("repro-00000000")
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.001, "cannot tell"), (0.5, "worse")])
+def test_answers_are_compared_with_the_recorded_ones_row_by_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, verdict: str
+) -> None:
+    """Losses move up and down by little, or all up by much."""
+    folder, cached = tmp_path / "again", tmp_path / "cached"
+    (folder / "reports/evaluation").mkdir(parents=True)
+    shutil.copy(ROOT / "params.yaml", folder)
+    for path, moved in ((cached, 0.0), (folder / reproduction.PREDICTIONS, shift)):
+        signs = [1 if shift > 0.1 or i % 2 else -1 for i in range(30)]
+        rows = [predicted(i, 4.0 + moved * sign) for i, sign in enumerate(signs)]
+        files.write_rows(path, rows, comparison.PREDICTIONS)
+    monkeypatch.setattr(stage, "cached", lambda md5: {"predictions.parquet": cached})
+    experiment = Experiment("ours", "0", "0", {}, ("evaluate",), {}, {"reports/evaluation": "1.dir"})
+    loss = reproduction.figures(experiment, folder, {})[0]
+    assert (loss.measure, loss.verdict("theirs")) == ("loss", verdict)
+
+
+def predicted(number: int, nll: float) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(comparison.PREDICTIONS.names)
+    return row | {"arm": "tuned", "id": str(number), "task": "chat", "nll": nll, "n_tokens": 4, "n_bytes": 9}
 
 
 def test_the_report_ends_with_the_verdict_and_says_what_is_not_proven() -> None:

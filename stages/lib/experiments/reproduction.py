@@ -151,7 +151,7 @@ def reproduce(
     clone(experiment, folder)
     recorded, names = _lock(folder), chosen(experiment, until, folder)
     (folder / "dvc.lock").unlink()
-    prepare(folder)
+    bring_data(folder)
     made = {out["path"] for entry in recorded.values() for out in entry["outs"]}
     known = described(_run_name(experiment, folder))
     found = Reproduction(folder)
@@ -235,7 +235,7 @@ def set_runtime(folder: Path, **values: Any) -> None:
     path.write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-def prepare(folder: Path) -> None:
+def bring_data(folder: Path) -> None:
     """Bring the user's own data into the clone: what .dvc files name, from the cache or from a DVC remote.
 
     Raises: DataError, when neither has it.
