@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env env-vllm repro sweep test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
+.PHONY: help env env-vllm repro sweep test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder estimate advise clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -90,6 +90,12 @@ serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make s
 
 chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
 	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
+
+estimate: env  ## parameters, memory, time, cost before a run: make estimate [ARGS="lora.r=8 --device rtx_4090 --price 0.4"]
+	@python -m commands.estimate $(ARGS)
+
+advise: env  ## prompt, retrieve or fine-tune? by the data and the base's scores: make advise [ARGS="--changing TASK"]
+	@python -m commands.advise $(ARGS)
 
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean

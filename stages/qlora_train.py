@@ -25,13 +25,15 @@ class Params:
 def main(p: Params) -> None:
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
+    from stages.lib import adapters, cost, estimate, models, training  # torch, once numerics are settled
 
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
     print(resolved.reason)
-    estimate.check(base, p.lora, p.train, p.numerics, packs)
+    skeleton = estimate.skeleton(base)
+    memory = estimate.check(skeleton, p.lora, p.train, p.numerics, packs)
+    foreseen = cost.foresee(skeleton, p.lora, p.train, memory, packs, validation, resolved)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
@@ -55,7 +57,7 @@ def main(p: Params) -> None:
             files.write_json(folder / "trained.json", described)
             files.write_jsonl(folder / "samples.jsonl", trained.samples)
         files.write_csv(Path("plots/train.csv"), trained.curve)
-        tracking.report("qlora_train", trained.metrics, trained.measured)
+        tracking.report("qlora_train", trained.metrics, trained.measured | foreseen.beside(trained.measured))
         points.remove()
 
 
