@@ -6,7 +6,7 @@ what the base answers     how many good rows    whether answers change      what
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Metrics = Mapping[str, float]
 
@@ -84,10 +84,15 @@ def _with_scores(task: Task, evaluated: Metrics) -> Task:
         return task
     low, high = of(measure, "low_fewshot"), of(measure, "high_fewshot")
     form = {name: score for name in OF_FORMAT if (score := of(name, "fewshot")) is not None}
-    return Task(
-        task.name, task.rows, task.available, measure, of(measure, "base"), of(measure, "fewshot"), of(measure, "tuned"),
-        None if low is None or high is None else (low, high), form, task.changes,
-    )  # fmt: skip
+    return replace(
+        task,
+        measure=measure,
+        base=of(measure, "base"),
+        fewshot=of(measure, "fewshot"),
+        tuned=of(measure, "tuned"),
+        gain=None if low is None or high is None else (low, high),
+        form=form,
+    )
 
 
 def advise(task: Task) -> Advice:
