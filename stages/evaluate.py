@@ -6,7 +6,7 @@ metrics/evaluate.json. Run it as `python -m stages.evaluate`: as a path it would
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stages.lib import files, rating_page, ratings, records, stage, tracking
@@ -14,6 +14,7 @@ from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate
 from stages.lib.schema.numerics import Numerics
 
+OF_THE_COMPARISON = ("others", "bootstrap_samples", "confidence")  # what no arm's own answers depend on
 BASE, ADAPTER, SPLITS = Path("models/base"), Path("models/adapter"), Path("data/splits")
 
 
@@ -27,7 +28,19 @@ class Params:
 
 def main(p: Params) -> None:
     # torch is imported once numerics are settled
-    from stages.lib import arms, chat, comparison, evaluation_page, fewshot, general, held_out, models, numerics, others
+    from stages.lib import (
+        arms,
+        chat,
+        comparison,
+        evaluation_page,
+        fewshot,
+        general,
+        held_out,
+        models,
+        numerics,
+        others,
+        untrained,
+    )
 
     others.check(p.evaluate.others)
     tokenizer = chat.load_tokenizer(BASE)
@@ -47,25 +60,28 @@ def main(p: Params) -> None:
     dense = resolved.device == "cpu"
     model = models.load_tuned(BASE, ADAPTER, p.numerics, dense=dense)
     stop_ids = chat.stop_ids(tokenizer, BASE)
-    for arm in (
-        arms.Arm("base", model, tokenizer, stop_ids, adapter_off=True),
-        arms.Arm("fewshot", model, tokenizer, stop_ids, examples, adapter_off=True),
-        arms.Arm("tuned", model, tokenizer, stop_ids),
-    ):
-        arms.predict(arm, test, described, p.evaluate, found)
-    forgetting = general.compare(model, tokenizer, p.evaluate)
-    del model, arm
+    asked = {name: value for name, value in asdict(p.evaluate).items() if name not in OF_THE_COMPARISON}
+    determining = {"asked": asked, "resolved": asdict(resolved), "arithmetic": numerics.arithmetic()}
+    store = untrained.folder(determining, p.numerics)
+    base = arms.Arm("base", model, tokenizer, stop_ids, adapter_off=True)
+    for arm in (base, replace(base, name="fewshot", examples=examples)):
+        found.add(arms.predict_once(store, arm, test, described, p.evaluate))
+    found.add(arms.predict(arms.Arm("tuned", model, tokenizer, stop_ids), test, described, p.evaluate))
+    forgetting = general.compare(model, tokenizer, p.evaluate, store)
+    del model, base, arm
     for name, entry in sorted(p.evaluate.others.items()):
         other = arms.load(name, Path(entry["path"]), BASE, p.numerics)
-        arms.predict(other, test, described, p.evaluate, found)
+        found.add(arms.predict(other, test, described, p.evaluate))
         del other
     found.sort()
     lines, slices = comparison.compare(found.predictions, p.evaluate), comparison.slices(found.predictions, p.evaluate)
     metrics = comparison.metrics(lines) | general.metrics(forgetting) | {"rows/test": len(test)}
     metrics |= {f"rows/unusable/{reason}": count for reason, count in unusable.items()}
     if p.evaluate.base_16bit:
-        original = models.load_dense(BASE, p.numerics)
-        for task, loss in arms.losses(original, tokenizer, test, batch_size=p.evaluate.batch_size).items():
+        losses = untrained.once(
+            store, "base_16bit", lambda: arms.losses(models.load_dense(BASE, p.numerics), tokenizer, test, p.evaluate)
+        )
+        for task, loss in losses.items():
             metrics |= {f"test/{task}/loss/base_16bit": loss, f"test/{task}/perplexity/base_16bit": math.exp(loss)}
     rated = ratings.summarise(ratings.read(), ratings.pairs(found.predictions, seed=p.evaluate.seed), p.evaluate)
     metrics |= ratings.metrics(rated)

@@ -28,6 +28,7 @@ from stages.lib import (
     prefill,
     records,
     scoring,
+    untrained,
 )
 from stages.lib.measures import SCORES, applicable, library
 from stages.lib.schema.evaluate import ARMS, Classify, Evaluate
@@ -117,6 +118,13 @@ class Predicted:
     seconds: dict[str, float] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
 
+    def add(self, other: Predicted) -> None:
+        """Take in what another arm made of the same rows; of limits the first say counts."""
+        self.predictions += other.predictions
+        self.limits = other.limits | self.limits
+        self.seconds |= other.seconds
+        self.speeds |= other.speeds
+
     def sort(self) -> None:
         self.predictions.sort(key=lambda row: (row["arm"], row["id"]))
 
@@ -172,9 +180,10 @@ def thirds(lengths: Sequence[int]) -> list[str]:
     return [LENGTHS[(length > first) + (length > second)] for length in lengths]
 
 
-def predict(arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p: Evaluate, found: Predicted) -> None:
-    """Let an arm answer the test rows, task by task, and add what it made of them."""
-    speed = found.speeds.setdefault(arm.name, Speed())
+def predict(arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p: Evaluate) -> Predicted:
+    """Let an arm answer the test rows, task by task."""
+    found, speed = Predicted(), Speed()
+    found.speeds[arm.name] = speed
     for task, rows in by_task(test).items():
         started = time.monotonic()
         every = questions(arm.tokenizer, rows, arm.examples[task] if arm.examples else ())
@@ -197,10 +206,25 @@ def predict(arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p
                     speed=speed,
                 )
             )
-        found.limits.setdefault(task, limit)
+        found.limits[task] = limit
         found.predictions += _scored(arm.name, asked, answered, described)
         found.seconds[f"{task}/{arm.name}"] = time.monotonic() - started
         print(f"{task}, {arm.name}: {len(asked)} rows in {found.seconds[f'{task}/{arm.name}']:.0f} s", flush=True)
+    return found
+
+
+def predict_once(
+    store: Path | None, arm: Arm, test: Sequence[Row], described: Mapping[str, Described], p: Evaluate
+) -> Predicted:
+    """The same of an arm that no training changes, see `untrained.once`; its times are those of this very run."""
+    found = Predicted()
+
+    def make() -> dict[str, Any]:
+        found.add(predict(arm, test, described, p))
+        return {"predictions": found.predictions, "limits": found.limits}
+
+    kept = untrained.once(store, arm.name, make)
+    return Predicted(kept["predictions"], kept["limits"], found.seconds, found.speeds)
 
 
 def drawn(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
@@ -217,14 +241,14 @@ def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, test: Sequence[Row], *, batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, test: Sequence[Row], p: Evaluate
 ) -> dict[str, float]:
     """Loss per token of the references without examples, by task, for a model that is no arm of its own."""
     found = {}
     for task, rows in by_task(test).items():
         asked = questions(tokenizer, rows)
         likelihoods = scoring.answer_likelihoods(
-            model, [each.prompt for each in asked], [each.answer for each in asked], batch_size=batch_size
+            model, [each.prompt for each in asked], [each.answer for each in asked], batch_size=p.batch_size
         )
         found[task] = sum(each.nll for each in likelihoods) / sum(each.n_tokens for each in likelihoods)
     return found

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,13 @@ def start(runtime: Runtime) -> None:
     _minutes = runtime.checkpoint_minutes
 
 
-def key(stage: str, determining: Mapping[str, Any]) -> str:
-    """Name of a stage's run: a hash of what is given and of all that dvc.yaml lists as its deps: data, code, lock."""
+def key(stage: str, determining: Mapping[str, Any], *, without: Collection[str] = ()) -> str:
+    """Name of a stage's run: a hash of what is given and of all that dvc.yaml lists as its deps: data, code, lock.
+
+    Args: without: deps that do not count.
+    """
     stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]
-    read = {dep: _content(Path(dep)) for dep in tracking.paths(stages, stage, "deps")}
+    read = {dep: _content(Path(dep)) for dep in tracking.paths(stages, stage, "deps") if dep not in without}
     held = json.dumps([determining, read], sort_keys=True, default=str)
     return hashlib.sha256(held.encode()).hexdigest()[:16]
 

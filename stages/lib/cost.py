@@ -53,7 +53,7 @@ class Plan:
 
 def plan(found: Tokens, p: Train) -> Plan:
     """As the trainer counts: the last batch, and the last step, of an epoch may be smaller."""
-    batches = math.ceil(found.packs / p.batch_size)
+    batches = math.ceil(found.packs / (p.batch_size * p.processes))
     per_epoch = max(1, math.ceil(batches / p.gradient_accumulation_steps))
     steps = math.ceil(p.epochs * per_epoch)
     passes = steps / per_epoch
@@ -102,12 +102,14 @@ def seconds(
 ) -> Range:
     """Of a training: from its first step to the best adapter, put back and evaluated again.
 
-    Args: model: without weights. limit: operations a second that bare products reach on the device.
+    Several processes share the steps evenly, and are taken to lose nothing by waiting for each other.
+
+    Args: model: without weights. limit: operations a second that bare products reach on the device of one process.
     """
     foreseen = plan(train, p)
     step = work(model, lora, train.share(), gradient_checkpointing=p.gradient_checkpointing).step()
     evaluated = work(model, lora, validation.share()).forward
-    operations = foreseen.tokens * step + (foreseen.evaluations + 1) * validation.tokens * evaluated
+    operations = foreseen.tokens * step / p.processes + (foreseen.evaluations + 1) * validation.tokens * evaluated
     decoded = foreseen.evaluations * p.sample_tokens if p.samples else 0
     operations += decoded * DECODING[device] * work(model, lora, 0.0).forward
     low, expected, high = SHARE[device]

@@ -4,17 +4,15 @@ A model that learns a task may forget others. Prose that no task is about shows 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from stages.lib import comparison
+from stages.lib import comparison, untrained
 from stages.lib.comparison import Line
 from stages.lib.errors import DataError
 from stages.lib.schema.evaluate import Evaluate, GeneralText
@@ -32,29 +30,31 @@ class Window:
     n_bytes: int  # of the predicted tokens, UTF-8
 
 
-def compare(model: PeftModel, tokenizer: PreTrainedTokenizerFast, p: Evaluate) -> list[Line]:
+def compare(model: PeftModel, tokenizer: PreTrainedTokenizerFast, p: Evaluate, store: Path | None = None) -> list[Line]:
     """Perplexity and bits per byte of the base and the tuned model on evaluate.general_text; none where it is off.
 
     The interval is a bootstrap over windows.
+
+    Args: store: where the base's likelihoods are kept, see untrained.
     """
     read = windows(tokenizer, texts(p.general_text), p.general_text)
     if not read:
         return []
-    predictions = []
-    for arm in ("base", "tuned"):
-        context: AbstractContextManager[Any] = model.disable_adapter() if arm == "base" else nullcontext()
-        with context:
-            for window, nll in zip(read, likelihoods(model, read), strict=True):
-                predictions.append(
-                    {
-                        "arm": arm,
-                        "id": window.name,
-                        "task": TASK,
-                        "nll": nll,
-                        "n_tokens": len(window.ids) - 1,
-                        "n_bytes": window.n_bytes,
-                    }
-                )
+    with model.disable_adapter():
+        nll = {"base": untrained.once(store, TASK, lambda: likelihoods(model, read))}
+    nll["tuned"] = likelihoods(model, read)
+    predictions = [
+        {
+            "arm": arm,
+            "id": window.name,
+            "task": TASK,
+            "nll": found,
+            "n_tokens": len(window.ids) - 1,
+            "n_bytes": window.n_bytes,
+        }
+        for arm in ("base", "tuned")
+        for window, found in zip(read, nll[arm], strict=True)
+    ]
     return comparison.compare(predictions, p, measures=("perplexity", "bits_per_byte"))
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,8 +208,33 @@ def test_two_runs_give_the_same_bytes(workplace: Path) -> None:
     ]
     evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
     first = [files.sha256(path) for path in outputs]
+    shutil.rmtree("runs")  # where the base's answers are kept
     evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
     assert [files.sha256(path) for path in outputs] == first
+
+
+def test_the_next_experiment_on_the_same_base_lets_the_tuned_model_answer_alone(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.lib import arms
+
+    asked: list[str] = []
+    predict = arms.predict
+
+    def counted(arm: arms.Arm, *rest: Any) -> arms.Predicted:
+        asked.append(arm.name)
+        return predict(arm, *rest)
+
+    monkeypatch.setattr(arms, "predict", counted)
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    first = files.sha256(Path("reports/evaluation/predictions.parquet"))
+    (workplace / "plots/train.csv").write_text("step,loss,val_loss\n0,3,3\n")  # another training
+    evaluate.main(evaluate.Params(SETTINGS, NUMERICS))
+    assert asked == ["base", "fewshot", "tuned", "tuned"]
+    assert files.sha256(Path("reports/evaluation/predictions.parquet")) == first
+    evaluate.main(evaluate.Params(replace(SETTINGS, fewshot=1), NUMERICS))
+    evaluate.main(evaluate.Params(SETTINGS, replace(NUMERICS, determinism=Determinism.loose)))
+    assert asked[4:] == ["base", "fewshot", "tuned"] * 2
 
 
 def test_a_test_split_without_rows_is_one_message_and_nothing_is_written(workplace: Path) -> None:
