@@ -17,7 +17,7 @@ SWEEP = "synthetic"
 GRID = {
     "lora.r": [2, 4, 8, 16, 32],
     "train.learning_rate": [5.0e-5, 1.0e-4, 2.0e-4, 4.0e-4, 8.0e-4],
-    "lora.target_modules": [["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear"],
+    "lora.target_modules": ["attention", "all-linear"],
 }
 STEPS = 120
 
@@ -55,7 +55,7 @@ def write(store: str, name: str, params: dict[str, Any], i: int) -> None:
     draw = random.Random(i)
     r, rate = params["lora"]["r"], params["train"]["learning_rate"]
     distance = abs(rate / 2.0e-4 - 1) / 4
-    floor = 1.5 + distance / 4 + 0.1 / r + (0.05 if params["lora"]["target_modules"] != "all-linear" else 0.0)
+    floor = 1.5 + distance / 4 + 0.1 / r + (0.05 if params["lora"]["target_modules"] == "attention" else 0.0)
     floor += draw.gauss(0, 0.01)
     run_id = tracking.run_of(name, store)
     tracking.log_parameters(run_id, params)
