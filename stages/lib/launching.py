@@ -99,6 +99,7 @@ def _torchrun(job: Job) -> Any:
             f"train.processes: found {job.processes}, expected at most the {torch.cuda.device_count()} GPUs that this "
             "process may use (CUDA_VISIBLE_DEVICES)."
         )
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what is raised here
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "job").write_bytes(pickle.dumps(job))
         agent = LaunchConfig(
