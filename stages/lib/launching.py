@@ -162,6 +162,10 @@ def main(scratch: str, parent: str) -> int:
     except (PipelineError, OSError) as fault:
         (folder / f"fault-{rank}").write_bytes(pickle.dumps(fault))
         return 2
+    except RuntimeError as fault:
+        if "gloo" in str(fault) or isinstance(fault, distributed.DistError):
+            return 1  # another process has ended, and the launcher says which
+        raise
     if rank == 0:
         (folder / "result").write_bytes(pickle.dumps(result))
     distributed.destroy_process_group()
