@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "conf/experiment").glob("*.yaml"))}
 ON_GPU = [name for name in RECIPES if name.startswith("gpu_")]
+SHARED = [name for name in RECIPES if name.startswith("fsdp_")]
 COMMIT = "base_model.revision=" + 40 * "0"  # in place of what `make pin` asks the hub for
 
 
@@ -28,7 +29,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def recipe(name: str, *overrides: str) -> dict[str, Any]:
-    return composed([f"experiment={name}", *overrides, *([COMMIT] if name in ON_GPU else [])])
+    return composed([f"experiment={name}", *overrides, *([COMMIT] if name in [*ON_GPU, *SHARED] else [])])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,7 +48,7 @@ def test_every_way_to_merge_and_to_export_composes(choice: str) -> None:
     assert composed([choice])["checked"]
 
 
-@pytest.mark.parametrize("name", ["qlora_paper", "alpaca", "conservative", "small_data", *ON_GPU])
+@pytest.mark.parametrize("name", ["qlora_paper", "alpaca", "conservative", "small_data", *ON_GPU, *SHARED])
 def test_a_recipe_says_where_its_numbers_come_from(name: str) -> None:
     assert re.search(r"arXiv:\d{4}\.\d{5}", RECIPES[name].read_text())
 
