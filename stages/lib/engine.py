@@ -26,6 +26,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stages.lib import leases
 from stages.lib.errors import ExternalError
 from stages.lib.schema.runtime import Engine, Runtime
 
@@ -53,9 +54,9 @@ def start(runtime: Runtime) -> None:
 
 
 def workers() -> int:
-    """Processes to work with: runtime.workers, else as many as cores this process may run on."""
+    """Processes to work with: runtime.workers, else as many as this process's share of the cores."""
     asked = _runtime.workers or _runtime.threads if _runtime else None
-    return asked or len(os.sched_getaffinity(0))
+    return asked or leases.cores()
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 2) -> Iterator[Result]:
@@ -127,7 +128,7 @@ def _forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_imported())
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    with _environment({**SINGLE_THREADED, "PYTHONPATH": path}):
+    with environment({**SINGLE_THREADED, "PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
 
@@ -138,7 +139,7 @@ def _imported() -> list[str]:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     """Variables for the processes started in this block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
