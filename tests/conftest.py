@@ -17,7 +17,7 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
-for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
+for name in ("PIPELINE_ROOT", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
 CHATML = (

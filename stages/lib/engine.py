@@ -26,6 +26,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stages.lib import leases
 from stages.lib.errors import ExternalError
 from stages.lib.schema.runtime import Engine, Runtime
 
@@ -53,9 +54,9 @@ def start(runtime: Runtime) -> None:
 
 
 def workers() -> int:
-    """Processes to work with: runtime.workers, else as many as cores this process may run on."""
+    """Processes to work with: runtime.workers, else as many as this process's share of the cores."""
     asked = _runtime.workers or _runtime.threads if _runtime else None
-    return asked or len(os.sched_getaffinity(0))
+    return asked or leases.cores()
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 2) -> Iterator[Result]:

@@ -18,9 +18,10 @@ NAMED_ALWAYS = ("torch",)  # whose build matters beside its version: 2.13.0+cpu
 def root() -> Path:
     """The user's repository: DVC names it in DVC_ROOT, also while an experiment runs in a temporary copy of it.
 
-    Outside of DVC it is the nearest folder upwards that DVC knows, or the working folder.
+    PIPELINE_ROOT goes before: DVC starts the points of a sweep from a copy, too. Outside of both it is the nearest
+    folder upwards that DVC knows, or the working folder.
     """
-    if named := os.environ.get("DVC_ROOT"):
+    if named := os.environ.get("PIPELINE_ROOT") or os.environ.get("DVC_ROOT"):
         return Path(named).resolve()
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)

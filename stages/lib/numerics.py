@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.lib import leases
 from stages.lib.errors import ConfigError
 from stages.lib.schema.numerics import Determinism, Device, Numerics
 
@@ -17,12 +18,12 @@ from stages.lib.schema.numerics import Determinism, Device, Numerics
 def settle(numerics: Numerics, threads: int | None) -> dict[str, str]:
     """Set what the arithmetic libraries read from the environment, once, when they are first loaded.
 
-    Args: threads: cores to use; None for all that this process may run on.
+    Args: threads: of the arithmetic; None for this process's share of the cores, see leases.threads.
     Returns: the variables set, for the record of this run.
     """
     if "torch" in sys.modules:
         raise AssertionError("torch was imported before its numerics were settled; import it inside main()")
-    cores = str(threads or len(os.sched_getaffinity(0)))
+    cores = str(threads or leases.threads())
     variables = {
         "OMP_NUM_THREADS": cores,
         "MKL_NUM_THREADS": cores,

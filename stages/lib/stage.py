@@ -1,5 +1,6 @@
 """The frame around every stage: typed parameters, arithmetic settled, one MLflow run, faults as one message."""
 
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -18,11 +19,13 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
-from stages.lib import config, environment, files, numerics, tracking
+from stages.lib import config, environment, files, leases, numerics, tracking
 from stages.lib.errors import PipelineError
+from stages.lib.schema.numerics import Device
 from stages.lib.schema.runtime import Runtime
 
 P = TypeVar("P")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NO_SPACE = "No space left on device"  # also how native libraries word ENOSPC
 
 
@@ -43,6 +46,7 @@ def run(
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _terminated)
+    _end_with_dvc()
     try:
         p = config.load(params, sys.argv[1:])
         outside = config.load(Outside, sys.argv[1:])
@@ -51,6 +55,8 @@ def run(
             start(outside.runtime)
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
+            if cast(Any, p).numerics.device is not Device.cpu:
+                leases.hold_devices(1)
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
         with tracking.run(name, config.values(sys.argv[1:])):
             main(p)
@@ -82,6 +88,12 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise tracking.Killed(128 + number)
 
 
+def _end_with_dvc() -> None:
+    """Let the system send SIGTERM when DVC ends first: nobody would take what an orphan of it makes."""
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def restoration(name: str) -> str:
     """How to get back the outputs that DVC removed before it started the stage; empty where nothing can be had."""
     if os.environ.get("DVC_STAGE") != name or environment.root() != Path.cwd():
@@ -106,7 +118,7 @@ def cached(md5: str) -> dict[str, Path]:
 
     Args: md5: as dvc.lock has it; a folder's ends with `.dir` and names a JSON list of its files.
     """
-    cache = _cache(Path.cwd())
+    cache = cache_dir(Path.cwd()) / "files/md5"
     place = cache / md5[:2] / md5[2:]
     found = {".": place}
     if md5.endswith(".dir") and place.exists():
@@ -116,11 +128,11 @@ def cached(md5: str) -> dict[str, Path]:
 
 
 @functools.cache
-def _cache(repository: Path) -> Path:
-    """Where DVC keeps files under their hashes: cache.dir of its configuration, or .dvc/cache."""
+def cache_dir(repository: Path) -> Path:
+    """Where DVC keeps what it caches: cache.dir of its configuration, or .dvc/cache."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     shown = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False).stdout.strip()
-    return Path(shown, "files/md5")
+    return Path(shown)
 
 
 def peak_mib() -> int:

@@ -249,7 +249,7 @@ def upstream(stage: str, stages: Mapping[str, Any] | None = None) -> list[str]:
 
     Args: stages: those of a dvc.yaml; by default that of the working folder.
     """
-    stages = stages or yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    stages = stages or yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     makers = {
         path: name for name in stages for kind in ("outs", "metrics", "plots") for path in paths(stages, name, kind)
     }

@@ -66,7 +66,8 @@ def prepared(server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     defaults = folder / "conf/experiment/tiny.yaml"
     defaults.parent.mkdir(exist_ok=True)
     tree: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
-    tree.pop("checked")
+    for own in ("checked", "sweep"):
+        tree.pop(own)
     # `dvc exp run` composes conf/ anew: what is tiny must be in conf/ too
     defaults.write_text("# @package _global_\n" + yaml.safe_dump(tree))
     config = folder / "conf/config.yaml"

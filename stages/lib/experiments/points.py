@@ -17,6 +17,8 @@ import yaml
 from stages.lib import config, tracking
 from stages.lib.schema.sweep import Sweep
 
+PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE)  # text that needs no quotes
+ANY = "experiment"  # a choice that may change every section
 SLOWEST = "seed"  # whole seeds finish first, so that what is there can be compared
 
 
@@ -50,7 +52,7 @@ def state_of(params: Mapping[str, Any], target: str) -> str:
     Of the stages up to the target: their commands, the sections of params.yaml they read, and the files they depend on
     that no stage makes. With it a point has the same name today and tomorrow, and another when any of that has changed.
     """
-    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"]
+    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     names = [*tracking.upstream(target), target]
     made = {
         path for name in names for kind in ("outs", "metrics", "plots") for path in tracking.paths(stages, name, kind)
@@ -75,6 +77,44 @@ def point(sweep_id: str, values: Mapping[str, Any], state: str) -> Point:
     return Point(f"{sweep_id}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", dict(values))
 
 
+def covering(points: Sequence[Point]) -> list[Point]:
+    """Points that together have every value of every key: whoever composes these has seen all values."""
+    seen: set[str] = set()
+    chosen = []
+    for point in points:
+        new = set(point.overrides()) - seen
+        if new:
+            chosen.append(point)
+        seen |= new
+    return chosen
+
+
+def signatures(points: Sequence[Point], target: str) -> dict[str, dict[str, str]]:
+    """For each point, by name, and each stage up to the target: what of its values the stage's result depends on.
+
+    Points that agree share the result.
+
+        {"lora.r": 8, "data.fraction": 0.5}  ->  {"base_model": "{}", "prepare": '{"data.fraction": 0.5}', ...}
+    """
+    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
+    sections = {
+        name: {section for one in (name, *tracking.upstream(name)) for section in stages[one]["params"]}
+        for name in (*tracking.upstream(target), target)
+    }
+    return {
+        point.name: {
+            name: json.dumps({key: value for key, value in point.values.items() if _section(key) in {*read, ANY}})
+            for name, read in sections.items()
+        }
+        for point in points
+    }
+
+
+def _section(key: str) -> str:
+    """lora.r, +lora.new, or the choice of a file (lora=dora) -> lora."""
+    return key.lstrip("+~").split(".")[0].split("@")[0]
+
+
 def missing(points: Sequence[Point], known: Collection[str]) -> list[Point]:
     """Those that no experiment has the name of, each once."""
     by_name = {point.name: point for point in points if point.name not in known}
@@ -92,4 +132,6 @@ def literal(value: Any) -> str:
         return "[" + ",".join(map(literal, value)) + "]"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        return '"' + value.replace('"', '\\"') + '"'
     return str(value)
