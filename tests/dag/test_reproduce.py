@@ -61,7 +61,8 @@ def test_an_experiment_comes_out_the_same_from_a_clone_elsewhere_with_only_git_a
     git(project, "push", "-q", "shared", "HEAD:refs/heads/main")
     git(tmp_path, "clone", "-q", "-b", "main", str(hub), str(elsewhere))
 
-    done = run(elsewhere, sys.executable, "-m", "commands.reproduce", "ours", timeout=900, HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-m", "commands.reproduce", "ours", "--until", "evaluate"]
+    done = run(elsewhere, *command, timeout=900, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "base_model: restored, not run" in done.stdout  # no model hub can be reached
     assert (
