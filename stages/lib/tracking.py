@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock
 
 from stages.lib import config, environment, files
+from stages.lib.errors import Pruned
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def run(stage: str, params: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except BaseException as fault:
-        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt)) else "FAILED"
+        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt, Pruned)) else "FAILED"
         failure = f"{type(fault).__name__}: {fault}"[:5000]
         _try(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
         raise
@@ -201,6 +202,28 @@ def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
     log_parameters(run_id, params)
     for before in earlier:
         _log_reported(before)
+
+
+def open_run() -> tuple[str, str] | None:
+    """MLflow's address and the id of the run that this process holds open; None while there is none."""
+    if not _is_open():
+        return None
+    import mlflow
+
+    run = mlflow.active_run()
+    return (mlflow.get_tracking_uri(), run.info.run_id) if run else None
+
+
+def join_run(uri: str, run_id: str) -> None:
+    """Add to a run from here on that another process holds open; its status is that one's affair."""
+
+    def join() -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        mlflow.start_run(run_id=run_id)
+
+    _try(join)
 
 
 def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.lib import environment, files, leases, stage, tracking
+from stages.lib import environment, files, leases, live, stage, tracking
 from stages.lib.errors import DataError, ExternalError
 from stages.lib.experiments import kept
 from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
 
-Status = Literal["done", "failed", "killed"]
+Status = Literal["done", "failed", "killed", "pruned"]
 Watch = Callable[[], str | None]
 """Looked at each second while a point runs: a reason to end it, or None."""
 
@@ -58,10 +58,10 @@ class Outcome:
     seconds: float
 
 
-def command(point: Point, sweep_id: str, target: str) -> list[str]:
-    """What a person would type to run this point."""
+def command(point: Point, sweep_id: str, target: str, more: Sequence[str] = ()) -> list[str]:
+    """What a person would type to run this point. more: options of `dvc exp run` beside those every point has."""
     settings = [word for override in [*point.overrides(), f"sweep.id={sweep_id}"] for word in ("-S", override)]
-    return ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", point.name, *settings, target]
+    return ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", point.name, *more, *settings, target]
 
 
 def run(
@@ -72,6 +72,7 @@ def run(
     source: Path | None = None,
     workers: int = 1,
     watch: Watch | None = None,
+    more: Sequence[str] = (),
 ) -> Outcome:
     """Run one point, wait for its end, and bring its experiment into the repository.
 
@@ -87,17 +88,27 @@ def run(
         collect(source)
         if point.name in kept.references():
             return Outcome(point, "done", "", log, time.monotonic() - started)
-        asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
+        live.forget(point.name)
+        asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
         collect(source)
     status: Status = "done"
     reason = ""
     if point.name not in kept.references():
         status, reason = ("killed", asked) if asked else ending(log.read_text(errors="replace"))
+        if (told := live.heard(point.name)) and told.stopped_at is not None:
+            status, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
     outcome = Outcome(point, status, reason, log, time.monotonic() - started)
-    record: dict[str, Any] = {"name": point.name, "values": point.values, "status": status, "reason": reason}
-    record |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
-    files.write_json(place / f"{point.name}.json", record)
+    record(outcome, place)
     return outcome
+
+
+def record(outcome: Outcome, place: Path) -> None:
+    """Keep an outcome in the folder of its sweep, for `outcomes`."""
+    point = outcome.point
+    found: dict[str, Any] = {"name": point.name, "values": point.values}
+    found |= {"status": outcome.status, "reason": outcome.reason}
+    found |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
+    files.write_json(place / f"{point.name}.json", found)
 
 
 def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outcome]:
@@ -110,32 +121,42 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
     shared = signatures(points, p.target)
     source = start_folder(str(p.id))
     waiting, running = list(points), dict[Future[Outcome], Point]()
+    with pool(workers) as threads:
+        while waiting or running:
+            busy = {
+                (name, shared[other.name][name])
+                for other in running.values()
+                for name in unfinished(folder(str(p.id)) / f"{other.name}.log", chain)
+            }
+            free = [point for point in waiting if busy.isdisjoint(shared[point.name].items())]
+            if free and len(running) < workers:
+                waiting.remove(free[0])
+                running[start(threads, free[0], p, source=source, workers=workers)] = free[0]
+                continue
+            ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
+            for each in ended:
+                del running[each]
+                yield each.result()
+
+
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to run points in. Whoever leaves it by an exception ends the points that run."""
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as threads:
             try:
-                while waiting or running:
-                    busy = {
-                        (name, shared[other.name][name])
-                        for other in running.values()
-                        for name in unfinished(folder(str(p.id)) / f"{other.name}.log", chain)
-                    }
-                    free = [point for point in waiting if busy.isdisjoint(shared[point.name].items())]
-                    if free and len(running) < workers:
-                        waiting.remove(free[0])
-                        (folder(str(p.id)) / f"{free[0].name}.log").unlink(missing_ok=True)
-                        running[pool.submit(run, free[0], str(p.id), p.target, source=source, workers=workers)] = free[
-                            0
-                        ]
-                        continue
-                    ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
-                    for each in ended:
-                        del running[each]
-                        yield each.result()
+                yield threads
             except BaseException:
-                _ending.set()  # the pool waits for the points that run
+                _ending.set()  # the threads wait for the points that run
                 raise
     finally:
         _ending.clear()
+
+
+def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, *, source: Path, workers: int) -> Future[Outcome]:
+    """Run a point in one of the threads; its log of an earlier attempt goes, as it says nothing of this one."""
+    (folder(str(p.id)) / f"{point.name}.log").unlink(missing_ok=True)
+    return threads.submit(run, point, str(p.id), p.target, source=source, workers=workers)
 
 
 def unfinished(log: Path, chain: Sequence[str]) -> list[str]:
