@@ -152,7 +152,7 @@ def test_a_result_that_hangs_on_the_number_of_threads_is_found_and_comes_with_th
     params = (planted / "params.yaml").read_text()
     here = len(os.sched_getaffinity(0))
     (planted / "params.yaml").write_text(params.replace("threads: null", f"threads: {here + 1}"))
-    done = run(planted, "dvc", "repro", "qlora_train")
+    done = run(planted, "dvc", "repro", "qlora_train", timeout=900)
     assert done.returncode == 0, done.stderr
     (planted / "params.yaml").write_text(params)  # no stage tracks runtime
     git(planted, "commit", "-qam", "recorded with more threads")
