@@ -6,6 +6,7 @@ Exit 0: every point is there; 1: some failed, listed with their reason; 2: the s
 """
 
 import argparse
+import functools
 import signal
 import sys
 from collections.abc import Collection, Mapping
@@ -14,14 +15,15 @@ from typing import Any
 from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import ConfigError, PipelineError
-from stages.lib.experiments import kept, points, running
+from stages.lib.experiments import cluster, kept, points, running
 from stages.lib.schema.sweep import Sweep
 
 
 def parser() -> argparse.ArgumentParser:
     known = argparse.ArgumentParser(prog="sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     known.add_argument("sweep", help="a file of conf/sweep, without .yaml")
-    known.add_argument("--workers", type=int, default=1, help="points at a time")
+    known.add_argument("--workers", type=int, default=1, help="points at a time, on each node of a cluster")
+    known.add_argument("--ray", metavar="HOST:PORT", help="of a Ray cluster to spread over: docs/cluster.md")
     known.add_argument("--list", action="store_true", help="show the points, run none")
     return known
 
@@ -54,9 +56,10 @@ def sweep(asked: argparse.Namespace) -> int:
     for point in points.covering(wanted):
         composed([*point.overrides(), f"sweep.id={p.id}"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_all = functools.partial(cluster.run_all, address=asked.ray) if asked.ray else running.run_all
     outcomes = []
     try:
-        for done in running.run_all(wanted, p, workers=asked.workers):
+        for done in run_all(wanted, p, workers=asked.workers):
             outcomes.append(done)
             print(f"{done.point.name} {done.status} in {done.seconds:.0f} s", flush=True)
     except KeyboardInterrupt:

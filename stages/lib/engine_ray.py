@@ -12,7 +12,7 @@ import signal
 import socket
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from importlib import metadata
@@ -67,15 +67,17 @@ def ordered_map(
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, *, cpus: int | None = None) -> None:
     """Join the cluster, once a process.
 
+    Args: cpus: of a cluster that is started here; null: runtime.workers.
     Raises: ExternalError, when there is none at the address.
     """
     if ray.is_initialized():
         return
     found = address or os.environ.get("RAY_ADDRESS") or "local"
-    local: dict[str, Any] = {"num_cpus": engine.workers(), "include_dashboard": False} if found == "local" else {}
+    here = {"num_cpus": cpus or engine.workers(), "include_dashboard": False}
+    local: dict[str, Any] = here if found == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_reachable(found)
@@ -145,17 +147,25 @@ def work(item: bytes, function: Any) -> bytes:
 def _function(reference: Any) -> Callable[[Any], Any]:
     """Fetched and unpickled once a worker, on a node that has the driver's versions."""
     expected, function = ray.get(reference)
-    if different := {name: version for name, version in versions().items() if version != expected[name]}:
+    check_versions(expected)
+    return pickle.loads(function)
+
+
+def versions(names: Iterable[str] = DECISIVE) -> dict[str, str]:
+    """Of packages, those by default that decide what the data stages write; Ray itself compares its own and Python's.
+
+    Without what names a build (torch's +cpu): machines with and without GPUs have different ones.
+    """
+    return {name: metadata.version(name).partition("+")[0] for name in names}
+
+
+def check_versions(expected: Mapping[str, str]) -> None:
+    """Raises: ExternalError, when this node has other versions of these packages."""
+    if different := {name: version for name, version in versions(expected).items() if version != expected[name]}:
         wanted = ", ".join(f"{name}=={expected[name]}" for name in different)
         found = ", ".join(f"{name}=={version}" for name, version in different.items())
         node = ray.util.get_node_ip_address()
         raise ExternalError(f"node {node} has {found}, expected {wanted}: install requirements.lock on every node.")
-    return pickle.loads(function)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what the data stages write; Ray itself compares its own and Python's."""
-    return {name: metadata.version(name) for name in DECISIVE}
 
 
 def _results(window: "Future[list[bytes]]") -> Iterator[Any]:

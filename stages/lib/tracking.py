@@ -202,6 +202,28 @@ def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
         _log_reported(before)
 
 
+def open_run() -> tuple[str, str] | None:
+    """MLflow's address and the id of the run that this process holds open; None while there is none."""
+    if not _is_open():
+        return None
+    import mlflow
+
+    run = mlflow.active_run()
+    return (mlflow.get_tracking_uri(), run.info.run_id) if run else None
+
+
+def join_run(uri: str, run_id: str) -> None:
+    """Add to a run from here on that another process holds open; its status is that one's affair."""
+
+    def join() -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        mlflow.start_run(run_id=run_id)
+
+    _try(join)
+
+
 def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:
     """Log parameters flat (`lora.r`); keys the run has already stay as they are."""
     from mlflow import MlflowClient

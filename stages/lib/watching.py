@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from stages.lib import adapters, generation, live, optimisation, packing, progress, stage, tracking, unpacking
+from stages.lib import adapters, generation, launching, live, optimisation, packing, progress, stage, tracking, unpacking
 from stages.lib.errors import DataError, GateError
 from stages.lib.schema.train import Train
 
@@ -118,13 +118,15 @@ class Watch(TrainerCallback):
             self._say(f"step 0/{state.max_steps}: validation loss {self.course.base_loss:.4f} (the base)")
         self.started = self.shown = time.monotonic()
         done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=None)
+        is_silent = None if launching.is_first() else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=is_silent)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), self.trainer.tokens_seen
         self.step_labels = self.trainer.labels_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.count()
         if self.trainer.labels_seen == self.step_labels:
             raise DataError(
                 f"qlora_train: found no labelled token in the packs of step {state.global_step}, expected at least "
@@ -156,7 +158,7 @@ class Watch(TrainerCallback):
         train_loss = statistics.fmean(line["loss"] for line in self.trained.curve[since:])
         val_loss = self.trained.curve[-1]["val_loss"] = metrics["eval_loss"]
         if course.evaluated(step, val_loss, train_loss, threshold=p.early_stopping_threshold):
-            self.best = {n: w.detach().clone() for n, w in adapters.trainable(self.trainer.model).items()}
+            self.best = adapters.whole(self.trainer.model)
         mark = "the best so far" if course.best_step == step else f"{course.without_gain} without a gain"
         self._say(f"step {step}/{state.max_steps}: validation loss {val_loss:.4f} ({mark})")
         if course.is_overfitting and not was_overfitting:
@@ -182,15 +184,15 @@ class Watch(TrainerCallback):
         trainer, state, course = self.trainer, self.trainer.state, self.course
         if not self.best:
             raise GateError("qlora_train: no validation loss was finite. Lower train.learning_rate.")
-        parameters = adapters.trainable(trainer.model)
-        for name, parameter in parameters.items():
-            if torch.equal(parameter, trainer.drawn[name].to(parameter.device)):
+        learned = adapters.whole(trainer.model)
+        for name, values in learned.items():
+            if torch.equal(values, trainer.drawn[name].to(values.device)):
                 raise GateError(
                     f"qlora_train: {name} was not moved by {state.global_step} steps, expected every tensor of the "
                     "adapter to learn. Raise train.learning_rate or train.epochs, or leave the layer out of "
                     "lora.target_modules."
                 )
-            parameter.data.copy_(self.best[name])
+        adapters.fill(trainer.model, self.best)
         again = trainer.validation_loss()
         if not abs(again - course.best_loss) <= AGAIN[trainer.compute_dtype] * course.best_loss:
             raise GateError(
@@ -212,7 +214,7 @@ class Watch(TrainerCallback):
             "train/overfitting": int(course.is_overfitting),
             "train/tokens": trainer.tokens_seen,
             "train/tokens/labelled": trainer.labels_seen,
-            "adapter/trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "adapter/trainable_parameters": sum(values.numel() for values in learned.values()),
         }
         self.trained.measured = {
             "train/seconds": time.monotonic() - self.started,

@@ -58,10 +58,10 @@ class Outcome:
     seconds: float
 
 
-def command(point: Point, sweep_id: str, target: str) -> list[str]:
-    """What a person would type to run this point."""
+def command(point: Point, sweep_id: str, target: str, more: Sequence[str] = ()) -> list[str]:
+    """What a person would type to run this point. more: options of `dvc exp run` beside those every point has."""
     settings = [word for override in [*point.overrides(), f"sweep.id={sweep_id}"] for word in ("-S", override)]
-    return ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", point.name, *settings, target]
+    return ["dvc", "--wait-for-lock", "exp", "run", "--temp", "--name", point.name, *more, *settings, target]
 
 
 def run(
@@ -72,6 +72,7 @@ def run(
     source: Path | None = None,
     workers: int = 1,
     watch: Watch | None = None,
+    more: Sequence[str] = (),
 ) -> Outcome:
     """Run one point, wait for its end, and bring its experiment into the repository.
 
@@ -88,7 +89,7 @@ def run(
         if point.name in kept.references():
             return Outcome(point, "done", "", log, time.monotonic() - started)
         live.forget(point.name)
-        asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
+        asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
         collect(source)
     status: Status = "done"
     reason = ""
@@ -97,10 +98,17 @@ def run(
         if (told := live.heard(point.name)) and told.stopped_at is not None:
             status, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
     outcome = Outcome(point, status, reason, log, time.monotonic() - started)
-    record: dict[str, Any] = {"name": point.name, "values": point.values, "status": status, "reason": reason}
-    record |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
-    files.write_json(place / f"{point.name}.json", record)
+    record(outcome, place)
     return outcome
+
+
+def record(outcome: Outcome, place: Path) -> None:
+    """Keep an outcome in the folder of its sweep, for `outcomes`."""
+    point = outcome.point
+    found: dict[str, Any] = {"name": point.name, "values": point.values}
+    found |= {"status": outcome.status, "reason": outcome.reason}
+    found |= {"seconds": round(outcome.seconds, 1), "ended": time.time()}
+    files.write_json(place / f"{point.name}.json", found)
 
 
 def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outcome]:
