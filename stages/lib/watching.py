@@ -12,7 +12,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from stages.lib import adapters, generation, launching, live, optimisation, packing, progress, stage, tracking, unpacking
+from stages.lib import (
+    adapters,
+    generation,
+    launching,
+    live,
+    optimisation,
+    packing,
+    progress,
+    stage,
+    tracking,
+    unpacking,
+)
 from stages.lib.errors import DataError, GateError
 from stages.lib.schema.train import Train
 
