@@ -102,6 +102,9 @@ serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make s
 chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
 	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
+reproduce: env  ## run an experiment again in a clean clone, compare every hash: make reproduce RUN=<name, commit or MLflow run id>
+	@python -m commands.reproduce $(if $(RUN),"$(RUN)") $(ARGS)
+
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 

@@ -43,7 +43,7 @@ def sweep(asked: argparse.Namespace) -> int:
     p = points.sweep(params["sweep"])
     if p.id is None:
         raise ConfigError(f"sweep.id: found null in conf/sweep/{asked.sweep}.yaml, expected a name for its experiments")
-    if p.search:
+    if p.search is not None:
         raise ConfigError(
             f"sweep.search: found one in conf/sweep/{asked.sweep}.yaml, expected null: `make search` runs it"
         )

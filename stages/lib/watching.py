@@ -157,9 +157,9 @@ class Watch(TrainerCallback):
         self.trained.curve.append({"step": step, "tokens": tokens, **values, "val_loss": self.course.val_loss})
         speed = tokens_per_second(self.timed[-self.steps_per_point :])
         if step % self.steps_per_point == 0:
-            shown = {"tokens_seen": tokens, "tokens_per_second": speed} | values
+            now = {"tokens_seen": tokens, "tokens_per_second": speed} | values
             memory = {"system/peak_memory_mib": self._peak_mib()}
-            tracking.log_step(step, {f"train/{name}": value for name, value in shown.items()} | memory)
+            tracking.log_step(step, {f"train/{name}": value for name, value in now.items()} | memory)
         self._show(step, values["loss"], speed)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
