@@ -10,15 +10,11 @@ import argparse
 import os
 import signal
 import sys
-from typing import cast
-
-from omegaconf import OmegaConf
 
 from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import PipelineError
 from stages.lib.experiments import points, search
-from stages.lib.schema.sweep import Sweep
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     params = composed([f"sweep={asked.sweep}"])
-    merged = OmegaConf.merge(OmegaConf.structured(Sweep), params["sweep"])
-    p = cast(Sweep, OmegaConf.to_object(merged))
+    p = points.sweep(params["sweep"])
     state = points.state_of(params, p.target)
     for point in search.corners(p, state):
         composed([*point.overrides(), f"sweep.id={p.id}"])

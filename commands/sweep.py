@@ -16,7 +16,6 @@ from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import ConfigError, PipelineError
 from stages.lib.experiments import cluster, kept, points, running
-from stages.lib.schema.sweep import Sweep
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def sweep(asked: argparse.Namespace) -> int:
     params = composed([f"sweep={asked.sweep}"])
-    p = Sweep(**params["sweep"])
+    p = points.sweep(params["sweep"])
     if p.id is None:
         raise ConfigError(f"sweep.id: found null in conf/sweep/{asked.sweep}.yaml, expected a name for its experiments")
+    if p.search is not None:
+        raise ConfigError(
+            f"sweep.search: found one in conf/sweep/{asked.sweep}.yaml, expected null: `make search` runs it"
+        )
     every = points.expand(p, state=points.state_of(params, p.target))
     known = kept.references()
     wanted = points.missing(every, known)

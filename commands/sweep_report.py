@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from commands.params import FAULTS, composed
 from stages.lib import config, files, tracking
 from stages.lib.errors import DataError, PipelineError
@@ -19,7 +17,6 @@ from stages.lib.experiments import analysis, points, results, running, sweep_pag
 from stages.lib.experiments.kept import Experiment
 from stages.lib.experiments.results import Counts, Measure
 from stages.lib.schema.evaluate import Evaluate
-from stages.lib.schema.sweep import Sweep
 
 
 @dataclass
@@ -116,7 +113,7 @@ def planned(sweep_id: str) -> int | None:
         section = composed([f"sweep={sweep_id}"])["sweep"]
     except FAULTS:
         return None
-    p = Sweep(**OmegaConf.to_container(OmegaConf.create(section)))  # type: ignore[arg-type]
+    p = points.sweep(section)
     return None if p.id != sweep_id or p.search else len({point.name for point in points.expand(p, state="")})
 
 

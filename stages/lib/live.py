@@ -29,13 +29,13 @@ class Told:
 
 def start() -> None:
     """Begin with nothing told and nothing asked: what an earlier attempt left must not end this one."""
-    if name := os.environ.get("DVC_EXP_NAME"):
+    if name := _experiment():
         forget(name)
 
 
 def tell(losses: Sequence[float], planned: int) -> None:
     """Say how a training goes, the whole course each time: a resumed one then tells what came before, too."""
-    if name := os.environ.get("DVC_EXP_NAME"):
+    if name := _experiment():
         finite = [loss if math.isfinite(loss) else None for loss in losses]
         _write(name, Told(finite, planned))
 
@@ -45,7 +45,7 @@ def obey(step: int, steps: int) -> None:
 
     Raises: Pruned, after having said so.
     """
-    name = os.environ.get("DVC_EXP_NAME")
+    name = _experiment()
     if not name or step == steps or not (request := _folder(name) / "stop").exists():
         return
     told, reason = heard(name) or Told([], 0), request.read_text().strip()
@@ -55,8 +55,10 @@ def obey(step: int, steps: int) -> None:
 
 def heard(name: str) -> Told | None:
     """What the training of an experiment has told; None before its first evaluation."""
-    path = _folder(name) / "live.json"
-    return Told(**files.read_json(path)) if path.exists() else None
+    try:
+        return Told(**files.read_json(_folder(name) / "live.json"))
+    except FileNotFoundError:
+        return None
 
 
 def ask_to_stop(name: str, reason: str) -> None:
@@ -68,6 +70,11 @@ def forget(name: str) -> None:
     """Remove what an earlier attempt told and was asked."""
     for file in ("live.json", "stop"):
         (_folder(name) / file).unlink(missing_ok=True)
+
+
+def _experiment() -> str | None:
+    """Whose training this is; None outside of experiments, and in every process of a training but its first."""
+    return os.environ.get("DVC_EXP_NAME") if os.environ.get("RANK", "0") == "0" else None
 
 
 def _write(name: str, told: Told) -> None:

@@ -190,6 +190,17 @@ def test_a_journal_whose_last_line_is_torn_is_read_up_to_it(dvc: Dvc) -> None:
     assert len(ended(sweep(trials=3))) == 1
 
 
+@pytest.mark.slow
+def test_a_database_keeps_a_search_as_the_journal_does(dvc: Dvc) -> None:
+    p, url = sweep(trials=3), f"sqlite:///{Path.cwd()}/trials.db"
+    ended(p)
+    list(search.run(search.open_study(p, "state", url), p, "state"))
+    in_database = search.open_study(p, "state", url)
+    assert [(trial.params, trial.value) for trial in in_database.trials] == [
+        (trial.params, trial.value) for trial in study(p).trials
+    ]
+
+
 def test_a_database_that_cannot_be_opened_is_refused_without_its_password(in_tmp: Path) -> None:
     with pytest.raises(ExternalError, match="OPTUNA_STORAGE") as refused:
         search.storage("s", "nosuchdatabase://user:secret@host/trials")
@@ -227,6 +238,14 @@ def test_a_training_stops_when_asked_but_not_at_its_last_step(in_tmp: Path, monk
     with pytest.raises(Pruned, match="step 5 of 9, as it was asked: it lags"):
         live.obey(5, 9)
     assert live.heard("x") == live.Told([2.0, None], 4, stopped_at=5, reason="it lags")
+
+
+def test_of_several_processes_of_a_training_the_first_one_tells(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "x")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        live.tell([2.0 + int(rank)], 4)
+    assert live.heard("x") == live.Told([2.0], 4)
 
 
 def test_a_request_that_an_earlier_attempt_left_does_not_stop_this_one(

@@ -10,9 +10,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from omegaconf import OmegaConf
 
 from stages.lib import config, tracking
 from stages.lib.schema.sweep import Sweep
@@ -32,6 +33,12 @@ class Point:
     def overrides(self) -> list[str]:
         """As `dvc exp run -S` and Hydra read them: lora.r=8, split.max_rows.train={parameters:96}."""
         return [f"{key}={literal(value)}" for key, value in self.values.items()]
+
+
+def sweep(section: Mapping[str, Any]) -> Sweep:
+    """The section `sweep` of composed parameters, typed."""
+    merged = OmegaConf.merge(OmegaConf.structured(Sweep), OmegaConf.create(dict(section)))
+    return cast(Sweep, OmegaConf.to_object(merged))
 
 
 def expand(p: Sweep, *, state: str) -> list[Point]:

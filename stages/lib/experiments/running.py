@@ -154,8 +154,12 @@ def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, *, source: Path, workers: int) -> Future[Outcome]:
-    """Run a point in one of the threads; its log of an earlier attempt goes, as it says nothing of this one."""
-    (folder(str(p.id)) / f"{point.name}.log").unlink(missing_ok=True)
+    """Run a point in one of the threads.
+
+    Its log of an earlier attempt goes, as it says nothing of this one, unless a driver that was killed left it at work.
+    """
+    if point.name not in at_work():
+        (folder(str(p.id)) / f"{point.name}.log").unlink(missing_ok=True)
     return threads.submit(run, point, str(p.id), p.target, source=source, workers=workers)
 
 
