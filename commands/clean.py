@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from stages.lib import checkpoints
+from stages.lib.experiments.running import at_work
 
 
 def main() -> int:
@@ -20,7 +21,11 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    for folder in (*Path(".dvc/tmp/exps").glob("tmp*"), Path("dvc_plots")):
+    if points := at_work():
+        print(f"clean: runs/sweeps: found points running ({', '.join(points)}), expected none", file=sys.stderr)
+        return 2
+    copies = Path("runs/sweeps").glob("*/at-*")
+    for folder in (*Path(".dvc/tmp/exps").glob("tmp*"), *copies, Path("dvc_plots")):
         shutil.rmtree(folder, ignore_errors=True)
     for run in checkpoints.sweep():
         print(f"{run}: resume points of a training that is gone, deleted")

@@ -69,6 +69,7 @@ def run(
     sweep_id: str,
     target: str,
     *,
+    source: Path | None = None,
     workers: int = 1,
     watch: Watch | None = None,
     more: Sequence[str] = (),
@@ -76,12 +77,13 @@ def run(
     """Run one point, wait for its end, and bring its experiment into the repository.
 
     A point that another driver runs at the moment is waited for. The outcome is also kept in <name>.json.
+
+    Args: source: see `start_folder`; the repository as it is now by default.
     """
     started = time.monotonic()
+    source = source or start_folder(sweep_id)
     place = folder(sweep_id)
-    place.mkdir(parents=True, exist_ok=True)
     log = place / f"{point.name}.log"
-    source = start_folder(sweep_id)
     with _locked(place / f"{point.name}.lock", interruptible=True) as claim:
         collect(source)
         if point.name in kept.references():
@@ -114,6 +116,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
     """
     chain = [*tracking.upstream(p.target), p.target]
     shared = signatures(points, p.target)
+    source = start_folder(str(p.id))
     waiting, running = list(points), dict[Future[Outcome], Point]()
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -128,7 +131,9 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
                     if free and len(running) < workers:
                         waiting.remove(free[0])
                         (folder(str(p.id)) / f"{free[0].name}.log").unlink(missing_ok=True)
-                        running[pool.submit(run, free[0], str(p.id), p.target, workers=workers)] = free[0]
+                        running[pool.submit(run, free[0], str(p.id), p.target, source=source, workers=workers)] = free[
+                            0
+                        ]
                         continue
                     ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
                     for each in ended:
@@ -246,6 +251,7 @@ def start_folder(sweep_id: str) -> Path:
     edits = _git(root, "stash", "create")
     tree = _git(root, "rev-parse", f"{edits or head}^{{tree}}")
     clone = folder(sweep_id) / f"at-{hashlib.sha256(f'{head} {tree}'.encode()).hexdigest()[:12]}"
+    clone.parent.mkdir(parents=True, exist_ok=True)
     with _locked(clone.with_suffix(".making")):
         if not (clone / ".dvc/tmp/start.json").exists():
             shutil.rmtree(clone, ignore_errors=True)
@@ -298,6 +304,17 @@ def collect(clone: Path) -> None:
         options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
         with _locked(clone.parent / "collecting"):
             _git(environment.root(), "fetch", *options, str(clone), *new)
+
+
+def at_work() -> list[str]:
+    """Names of the points that run at the moment, of whichever sweep and driver."""
+    found = []
+    for path in sorted(folder("").glob("*/*.lock")):
+        with path.open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            continue
+        found.append(path.stem)
+    return found
 
 
 def outcomes(sweep_id: str) -> list[dict[str, Any]]:
