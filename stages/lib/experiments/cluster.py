@@ -11,6 +11,7 @@ A point whose node is lost goes to another one.
 
 import configparser
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -287,15 +288,18 @@ def clone(code: Code) -> Iterator[Path]:
 
 @contextmanager
 def _free(home: Path) -> Iterator[Path]:
-    """The first folder that nobody has locked."""
-    number = 0
-    while True:
+    """The first folder that nobody has locked; locked, until the caller is done with it."""
+    for number in itertools.count():
+        lock = FileLock(home / f"clone-{number}.lock")
         try:
-            with FileLock(home / f"clone-{number}.lock", timeout=0):
-                yield home / f"clone-{number}"
-                return
+            lock.acquire(timeout=0)
         except Timeout:
-            number += 1
+            continue
+        try:
+            yield home / f"clone-{number}"
+        finally:
+            lock.release()
+        return
 
 
 def _prepare(folder: Path, home: Path, code: Code) -> None:
