@@ -49,6 +49,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     node = {"num_cpus": 1, "object_store_memory": 200 << 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cluster.CLONES, str(tmp_path_factory.mktemp("clones")))
+        patch.setenv("RAY_worker_niceness", "0")  # 15 otherwise, and the stages with it
         found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         found.add_node(**node)
     yield found
