@@ -2,7 +2,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help env env-vllm repro sweep test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
+.PHONY: help env env-vllm repro sweep search sweep-report compare reproduce estimate advise test test-long test-gpu lint ui plots sync params deps pin export verify-export promote publish serve chat synthesize judge lm-eval ladder clean lock
 
 help:  ## what can be typed
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -56,6 +56,9 @@ pin: env  ## resolve base_model.revision: null to a commit, once: make pin MODEL
 sweep: env  ## run the points of a sweep that are missing: make sweep SWEEP=<file of conf/sweep> [J=2]
 	@python -m commands.sweep $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
 
+search: env  ## let Optuna propose the points of a sweep: make search SWEEP=<file of conf/sweep> [J=2]
+	@python -m commands.search $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
+
 export: env  ## merge and export the chosen experiment: make export EXP=<name>
 	@test -n "$(EXP)" || { echo "export: found no EXP, expected a name that \`dvc exp list\` shows: make export EXP=<name>" >&2; exit 2; }
 	dvc exp apply $(EXP)
@@ -81,6 +84,14 @@ judge: env  ## a language model rates pairs of answers: make judge MODEL=... URL
 lm-eval: env  ## the test split scored by lm-eval too, beside evaluate's figures (an extra: pyproject's `eval`)
 	python -m commands.lm_eval $(ARGS)
 
+compare: env  ## what distinguishes two experiments, and whether B is better: make compare A=<name> B=<name>
+	@test -n "$(A)" -a -n "$(B)" || { echo "compare: found A=$(A) B=$(B), expected names that \`dvc exp list\` shows: make compare A=<name> B=<name>" >&2; exit 2; }
+	@python -m commands.compare "$(A)" "$(B)"
+
+sweep-report: env  ## what a sweep answers, with its noise, as a page: make sweep-report SWEEP=<id> [METRIC=<task/measure>] [OUT=<file>]
+	@test -n "$(SWEEP)" || { echo "sweep-report: found no SWEEP, expected the sweep.id of experiments: make sweep-report SWEEP=<id>" >&2; exit 2; }
+	@python -m commands.sweep_report "$(SWEEP)" $(if $(METRIC),--metric "$(METRIC)") $(if $(OUT),--out "$(OUT)")
+
 ladder: env  ## draw what each exported file keeps of the trained model: runs/ladder.html
 	python -m commands.ladder
 
@@ -90,6 +101,9 @@ serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make s
 
 chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
 	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
+
+reproduce: env  ## run an experiment again in a clean clone, compare every hash: make reproduce RUN=<name, commit or MLflow run id>
+	@python -m commands.reproduce $(if $(RUN),"$(RUN)") $(ARGS)
 
 clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean

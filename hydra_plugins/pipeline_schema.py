@@ -23,10 +23,10 @@ from stages.lib.schema.merge import Merge
 from stages.lib.schema.numerics import Numerics
 from stages.lib.schema.pack import Pack
 from stages.lib.schema.prompt import Prompt
-from stages.lib.schema.runtime import Runtime
+from stages.lib.schema.runtime import Runtime, check_launcher
 from stages.lib.schema.split import Split
 from stages.lib.schema.sweep import Sweep
-from stages.lib.schema.train import Train, check_optimizer
+from stages.lib.schema.train import Train, check_optimizer, check_processes
 
 
 @dataclass
@@ -76,6 +76,7 @@ def check(*, _root_: DictConfig) -> str:
     sections: Any = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "checked"])
     built: Any = OmegaConf.to_object(sections)
     check_sections(built["lora"], built["train"], built["numerics"])
+    check_launcher(built["runtime"].launcher, built["train"].processes)
     inputs.check(built["data"], environment.root())
     benchmarks = built["dedup"].contamination.benchmarks
     inputs.check_visible(benchmarks, environment.root(), key="dedup.contamination.benchmarks")
@@ -89,6 +90,7 @@ def check_sections(lora: Lora, train: Train, numerics: Numerics) -> None:
     """
     check_together(lora, numerics, gradient_checkpointing=train.gradient_checkpointing)
     check_optimizer(train, str(numerics.device))
+    check_processes(train, lora, numerics, str(numerics.device))
 
 
 ConfigStore.instance().store(name="schema", node=Config)

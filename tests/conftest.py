@@ -168,12 +168,17 @@ def run(folder: Path, *command: str, timeout: float = 280, **environment: str) -
 
     Through files, not pipes: what a command leaves running (`dvc queue start`) holds these open, too.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.invalid"}
-    variables |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.invalid"}
-    variables |= {"HF_HOME": str(folder.parent / "hub-cache")} | environment
+    given = variables(folder) | environment
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        done = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=timeout, env=variables, check=False)
+        done = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=timeout, env=given, check=False)
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """The environment of a command in a repository: this python first on PATH, somebody to commit as."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    somebody = {"NAME": "test", "EMAIL": "test@example.invalid"}
+    identity = {f"GIT_{who}_{key}": value for who in ("AUTHOR", "COMMITTER") for key, value in somebody.items()}
+    return {**os.environ, "PATH": path, "HF_HOME": str(folder.parent / "hub-cache")} | identity

@@ -4,7 +4,7 @@ Every method is a PEFT model: `with model.disable_adapter()` gives the base, and
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
@@ -313,9 +314,28 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save(model: PeftModel, folder: Path) -> None:
-    """Write the adapter as PEFT reads it: safetensors and a configuration whose bytes depend on its content alone."""
-    state = model.state_dict()
+def whole(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Copies of what is trained, by name, put together where processes have shares of it: then all have to ask."""
+    found = {name: parameter.detach() for name, parameter in trainable(model).items()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w.clone() for name, w in found.items()}
+
+
+@torch.no_grad()
+def fill(model: PeftModel, values: Mapping[str, torch.Tensor]) -> None:
+    """Give what is trained other values, or this process its share of them."""
+    for name, parameter in trainable(model).items():
+        value = values[name]
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def save(model: PeftModel, folder: Path, values: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter as PEFT reads it: safetensors and a configuration whose bytes depend on its content alone.
+
+    Args: values: what `whole` gave, for a model that processes have shares of.
+    """
+    state = model.state_dict() | dict(values or {})
     changes: dict[str, Any] = {"base_model_name_or_path": "models/base"}
     for name, layer in _layers(model):
         if isinstance(start := layer.lora_variant.get(NAME), _FromWeights):

@@ -128,7 +128,7 @@ def _forkserver() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_imported())
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    with _environment({**SINGLE_THREADED, "PYTHONPATH": path}):
+    with environment({**SINGLE_THREADED, "PYTHONPATH": path}):
         forkserver.ensure_running()
     return context
 
@@ -139,7 +139,7 @@ def _imported() -> list[str]:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     """Variables for the processes started in this block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -67,15 +67,17 @@ def ordered_map(
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, *, cpus: int | None = None) -> None:
     """Join the cluster, once a process.
 
+    Args: cpus: of a cluster that is started here; null: runtime.workers.
     Raises: ExternalError, when there is none at the address.
     """
     if ray.is_initialized():
         return
     found = address or os.environ.get("RAY_ADDRESS") or "local"
-    local: dict[str, Any] = {"num_cpus": engine.workers(), "include_dashboard": False} if found == "local" else {}
+    here = {"num_cpus": cpus or engine.workers(), "include_dashboard": False}
+    local: dict[str, Any] = here if found == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_reachable(found)

@@ -25,6 +25,10 @@ class GateError(PipelineError):
     """A measured bound was broken: the numbers say that the result must not be used."""
 
 
+class Pruned(PipelineError):
+    """A training was asked to stop because others do better: neither a result nor a fault."""
+
+
 def check_values(*rules: tuple[str, object, bool, str]) -> None:
     """Check the values of one section together and report all that is wrong at once.
 

@@ -67,6 +67,7 @@ def quantized(n: Numerics, compute: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type=str(n.quantization),
         bnb_4bit_use_double_quant=n.double_quantization,
         bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=str(n.quantized_storage),
     )
 
 
@@ -197,7 +198,7 @@ def _from_folder(folder: Path, resolved: numerics.Resolved, **more: object) -> P
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, resolved.compute_dtype),
-            device_map={"": resolved.device},
+            device_map={"": torch.cuda.current_device() if resolved.device == "cuda" else resolved.device},
             attn_implementation="sdpa",
             trust_remote_code=False,
             local_files_only=True,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from stages.lib import numerics
-from stages.lib.schema.train import Train
+from stages.lib.schema.train import Sharding, Train
 
 
 def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: str) -> SFTConfig:
@@ -39,6 +39,9 @@ def arguments(p: Train, resolved: numerics.Resolved, *, seed: int, output_dir: s
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
+        ddp_find_unused_parameters=False,  # every tensor of the adapter takes part in every pass
+        fsdp=True if p.sharding is Sharding.fsdp else None,
+        fsdp_config={"version": 2} if p.sharding is Sharding.fsdp else None,
         report_to="none",
         disable_tqdm=True,
     )

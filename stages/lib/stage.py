@@ -50,7 +50,7 @@ def run(
     try:
         p = config.load(params, sys.argv[1:])
         outside = config.load(Outside, sys.argv[1:])
-        _quiet(outside.runtime.log_level)
+        quiet(outside.runtime.log_level)
         if start:
             start(outside.runtime)
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
@@ -71,7 +71,7 @@ def run(
         sys.exit(_message(name, f"{fault}\n{advice}"))
 
 
-def _quiet(level: str) -> None:
+def quiet(level: str) -> None:
     """Show our own messages from runtime.log_level on; of the libraries only what a user can act on."""
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("stages").setLevel(level.upper())

@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock
 
 from stages.lib import config, environment, files
+from stages.lib.errors import Pruned
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Killed(SystemExit):
     """The process was asked to end (SIGTERM)."""
 
 
-def key(params: Mapping[str, Any]) -> str:
+def key(params: Mapping[str, Any], repository: Path = Path()) -> str:
     """Which experiment this process works for: DVC's name, or, without one, what determines the result.
 
     That is the parameters, the code, the environment's lock, templates, benchmarks and the user's data. Of data that
@@ -82,12 +83,13 @@ def key(params: Mapping[str, Any]) -> str:
         return name
     tracked = {section: values for section, values in params.items() if section not in UNTRACKED}
     digest = hashlib.sha256(json.dumps(tracked, sort_keys=True).encode())
-    code = sorted(path for path in Path("stages").rglob("*") if path.suffix in (".py", ".jinja"))
-    templates = sorted(Path("conf/prompt").glob("*.jinja"))
-    for path in (*code, *templates, Path("requirements.lock"), Path(params["prompt"]["template"])):
+    code = sorted(path for path in (repository / "stages").rglob("*") if path.suffix in (".py", ".jinja"))
+    templates = sorted((repository / "conf/prompt").glob("*.jinja"))
+    given = [repository / name for name in ("requirements.lock", params["prompt"]["template"])]
+    for path in (*code, *templates, *given):
         digest.update(files.sha256(path).encode() if path.is_file() else b"absent")
-    for given in (params["data"]["path"], params["dedup"]["contamination"]["benchmarks"]):
-        digest.update(content(Path(given)).encode())
+    for name in (params["data"]["path"], params["dedup"]["contamination"]["benchmarks"]):
+        digest.update(content(repository / name).encode())
     return f"repro-{digest.hexdigest()[:8]}"
 
 
@@ -160,12 +162,13 @@ def run(stage: str, params: Mapping[str, Any]) -> Iterator[None]:
     Args: params: the whole of params.yaml as it holds for this process, see `parameters`.
     """
     measured.setdefault("host", socket.gethostname())
+    measured["environment"] = environment.describe()
     name = key(params)
     _softly(lambda: _open(stage, name, params))
     try:
         yield
     except BaseException as fault:
-        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt)) else "FAILED"
+        status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt, Pruned)) else "FAILED"
         failure = f"{type(fault).__name__}: {fault}"[:5000]
         _try(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
         raise
@@ -199,6 +202,28 @@ def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
     log_parameters(run_id, params)
     for before in earlier:
         _log_reported(before)
+
+
+def open_run() -> tuple[str, str] | None:
+    """MLflow's address and the id of the run that this process holds open; None while there is none."""
+    if not _is_open():
+        return None
+    import mlflow
+
+    run = mlflow.active_run()
+    return (mlflow.get_tracking_uri(), run.info.run_id) if run else None
+
+
+def join_run(uri: str, run_id: str) -> None:
+    """Add to a run from here on that another process holds open; its status is that one's affair."""
+
+    def join() -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(uri)
+        mlflow.start_run(run_id=run_id)
+
+    _try(join)
 
 
 def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:
@@ -242,9 +267,12 @@ def _is_open() -> bool:
     return "mlflow" in sys.modules and not _lost and sys.modules["mlflow"].active_run() is not None
 
 
-def upstream(stage: str) -> list[str]:
-    """The stages this one depends on, also through others: what others report may be of another experiment."""
-    stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
+def upstream(stage: str, stages: Mapping[str, Any] | None = None) -> list[str]:
+    """The stages this one depends on, also through others: what others report may be of another experiment.
+
+    Args: stages: those of a dvc.yaml; by default that of the working folder.
+    """
+    stages = stages or yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     makers = {
         path: name for name in stages for kind in ("outs", "metrics", "plots") for path in paths(stages, name, kind)
     }

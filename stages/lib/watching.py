@@ -12,7 +12,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from stages.lib import adapters, generation, optimisation, packing, progress, stage, tracking, unpacking
+from stages.lib import (
+    adapters,
+    generation,
+    launching,
+    live,
+    optimisation,
+    packing,
+    progress,
+    stage,
+    tracking,
+    unpacking,
+)
 from stages.lib.errors import DataError, GateError
 from stages.lib.schema.train import Train
 
@@ -108,6 +119,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not any(packing.trained_tokens(pack.labels) for pack in self.trainer.validation):
             raise DataError("data/packed/validation: found no labelled token, expected some. Raise split.validation.")
+        live.start()
         self.planned = optimisation.evaluations(self.p, state.max_steps)
         self.steps_per_point = tracking.steps_per_point(state.max_steps)
         self.noise = optimisation.scale_noise(self.trainer.model, self.p.neftune_alpha)
@@ -117,13 +129,15 @@ class Watch(TrainerCallback):
             self._say(f"step 0/{state.max_steps}: validation loss {self.course.base_loss:.4f} (the base)")
         self.started = self.shown = time.monotonic()
         done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=None)
+        is_silent = None if launching.is_first() else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc="qlora_train", unit="step", disable=is_silent)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_started, self.step_tokens = time.perf_counter(), self.trainer.tokens_seen
         self.step_labels = self.trainer.labels_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.count()
         if self.trainer.labels_seen == self.step_labels:
             raise DataError(
                 f"qlora_train: found no labelled token in the packs of step {state.global_step}, expected at least "
@@ -132,6 +146,7 @@ class Watch(TrainerCallback):
         seconds = time.perf_counter() - self.step_started
         self.timed.append((self.trainer.tokens_seen - self.step_tokens, seconds))
         control.should_evaluate = state.global_step in self.planned
+        live.obey(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
@@ -142,9 +157,9 @@ class Watch(TrainerCallback):
         self.trained.curve.append({"step": step, "tokens": tokens, **values, "val_loss": self.course.val_loss})
         speed = tokens_per_second(self.timed[-self.steps_per_point :])
         if step % self.steps_per_point == 0:
-            live = {"tokens_seen": tokens, "tokens_per_second": speed} | values
+            now = {"tokens_seen": tokens, "tokens_per_second": speed} | values
             memory = {"system/peak_memory_mib": self._peak_mib()}
-            tracking.log_step(step, {f"train/{name}": value for name, value in live.items()} | memory)
+            tracking.log_step(step, {f"train/{name}": value for name, value in now.items()} | memory)
         self._show(step, values["loss"], speed)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **kwargs: Any) -> None:
@@ -154,7 +169,7 @@ class Watch(TrainerCallback):
         train_loss = statistics.fmean(line["loss"] for line in self.trained.curve[since:])
         val_loss = self.trained.curve[-1]["val_loss"] = metrics["eval_loss"]
         if course.evaluated(step, val_loss, train_loss, threshold=p.early_stopping_threshold):
-            self.best = {n: w.detach().clone() for n, w in adapters.trainable(self.trainer.model).items()}
+            self.best = adapters.whole(self.trainer.model)
         mark = "the best so far" if course.best_step == step else f"{course.without_gain} without a gain"
         self._say(f"step {step}/{state.max_steps}: validation loss {val_loss:.4f} ({mark})")
         if course.is_overfitting and not was_overfitting:
@@ -167,6 +182,8 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
         if (self.planned.index(step) + 1) % tracking.steps_per_point(len(self.planned)) == 0:
             tracking.log_step(step, {"val/loss": val_loss})
+        evaluated = [line["val_loss"] for line in self.trained.curve if line["step"] in self.planned]
+        live.tell(evaluated, len(self.planned))
         self._sample(step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -178,15 +195,15 @@ class Watch(TrainerCallback):
         trainer, state, course = self.trainer, self.trainer.state, self.course
         if not self.best:
             raise GateError("qlora_train: no validation loss was finite. Lower train.learning_rate.")
-        parameters = adapters.trainable(trainer.model)
-        for name, parameter in parameters.items():
-            if torch.equal(parameter, trainer.drawn[name].to(parameter.device)):
+        learned = adapters.whole(trainer.model)
+        for name, values in learned.items():
+            if torch.equal(values, trainer.drawn[name].to(values.device)):
                 raise GateError(
                     f"qlora_train: {name} was not moved by {state.global_step} steps, expected every tensor of the "
                     "adapter to learn. Raise train.learning_rate or train.epochs, or leave the layer out of "
                     "lora.target_modules."
                 )
-            parameter.data.copy_(self.best[name])
+        adapters.fill(trainer.model, self.best)
         again = trainer.validation_loss()
         if not abs(again - course.best_loss) <= AGAIN[trainer.compute_dtype] * course.best_loss:
             raise GateError(
@@ -208,7 +225,7 @@ class Watch(TrainerCallback):
             "train/overfitting": int(course.is_overfitting),
             "train/tokens": trainer.tokens_seen,
             "train/tokens/labelled": trainer.labels_seen,
-            "adapter/trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
+            "adapter/trainable_parameters": sum(values.numel() for values in learned.values()),
         }
         self.trained.measured = {
             "train/seconds": time.monotonic() - self.started,

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.lib import environment, files, leases, stage, tracking
+from stages.lib import environment, files, leases, live, stage, tracking
 from stages.lib.errors import DataError, ExternalError
 from stages.lib.experiments import kept
 from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
 
-Status = Literal["done", "failed", "killed"]
+Status = Literal["done", "failed", "killed", "pruned"]
 Watch = Callable[[], str | None]
 """Looked at each second while a point runs: a reason to end it, or None."""
 
@@ -88,12 +88,15 @@ def run(
         collect(source)
         if point.name in kept.references():
             return Outcome(point, "done", "", log, time.monotonic() - started)
+        live.forget(point.name)
         asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
         collect(source)
     status: Status = "done"
     reason = ""
     if point.name not in kept.references():
         status, reason = ("killed", asked) if asked else ending(log.read_text(errors="replace"))
+        if (told := live.heard(point.name)) and told.stopped_at is not None:
+            status, reason = "pruned", f"stopped at step {told.stopped_at}, {told.reason}"
     outcome = Outcome(point, status, reason, log, time.monotonic() - started)
     record(outcome, place)
     return outcome
@@ -118,32 +121,42 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
     shared = signatures(points, p.target)
     source = start_folder(str(p.id))
     waiting, running = list(points), dict[Future[Outcome], Point]()
+    with pool(workers) as threads:
+        while waiting or running:
+            busy = {
+                (name, shared[other.name][name])
+                for other in running.values()
+                for name in unfinished(folder(str(p.id)) / f"{other.name}.log", chain)
+            }
+            free = [point for point in waiting if busy.isdisjoint(shared[point.name].items())]
+            if free and len(running) < workers:
+                waiting.remove(free[0])
+                running[start(threads, free[0], p, source=source, workers=workers)] = free[0]
+                continue
+            ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
+            for each in ended:
+                del running[each]
+                yield each.result()
+
+
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to run points in. Whoever leaves it by an exception ends the points that run."""
     try:
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as threads:
             try:
-                while waiting or running:
-                    busy = {
-                        (name, shared[other.name][name])
-                        for other in running.values()
-                        for name in unfinished(folder(str(p.id)) / f"{other.name}.log", chain)
-                    }
-                    free = [point for point in waiting if busy.isdisjoint(shared[point.name].items())]
-                    if free and len(running) < workers:
-                        waiting.remove(free[0])
-                        (folder(str(p.id)) / f"{free[0].name}.log").unlink(missing_ok=True)
-                        running[pool.submit(run, free[0], str(p.id), p.target, source=source, workers=workers)] = free[
-                            0
-                        ]
-                        continue
-                    ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
-                    for each in ended:
-                        del running[each]
-                        yield each.result()
+                yield threads
             except BaseException:
-                _ending.set()  # the pool waits for the points that run
+                _ending.set()  # the threads wait for the points that run
                 raise
     finally:
         _ending.clear()
+
+
+def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, *, source: Path, workers: int) -> Future[Outcome]:
+    """Run a point in one of the threads; its log of an earlier attempt goes, as it says nothing of this one."""
+    (folder(str(p.id)) / f"{point.name}.log").unlink(missing_ok=True)
+    return threads.submit(run, point, str(p.id), p.target, source=source, workers=workers)
 
 
 def unfinished(log: Path, chain: Sequence[str]) -> list[str]:

@@ -30,6 +30,14 @@ class Quantization(StrEnum):
     none = "none"  # at the compute type: plain LoRA, and the only one whose weights can be trained
 
 
+class Storage(StrEnum):
+    """The type of tensor in which packed 4-bit weights lie; their values are the same in each."""
+
+    uint8 = "uint8"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 @dataclass
 class Numerics:
     determinism: Determinism
@@ -38,3 +46,4 @@ class Numerics:
     device: Device
     quantization: Quantization
     double_quantization: bool  # of the scales of nf4 and fp4
+    quantized_storage: Storage = Storage.uint8  # of nf4 and fp4; train.sharding=fsdp needs the compute type
