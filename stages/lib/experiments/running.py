@@ -83,12 +83,12 @@ def run(
     source = source or start_folder(sweep_id)
     place = folder(sweep_id)
     log = place / f"{point.name}.log"
+    asked = None
     with _locked(place / f"{point.name}.lock", interruptible=True) as claim:
         collect(source)
-        if point.name in kept.references():
-            return Outcome(point, "done", "", log, time.monotonic() - started)
-        asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
-        collect(source)
+        if point.name not in kept.references():
+            asked = _execute(command(point, sweep_id, target), source, log, claim, workers, watch)
+            collect(source)
     status: Status = "done"
     reason = ""
     if point.name not in kept.references():
