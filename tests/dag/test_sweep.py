@@ -230,12 +230,20 @@ def test_twelve_points_on_four_workers_with_three_kills_are_twelve_experiments_a
 def parts(driver: int) -> dict[str, list[int]]:
     """Processes of a sweep that runs, by what they are."""
     below = psutil.Process(driver).children(recursive=True) if psutil.pid_exists(driver) else []
-    words = {one.pid: one.cmdline() for one in below if one.is_running()}
+    words = {one.pid: command_of(one) for one in below}
     return {
         "driver": [driver] if below else [],
         "dvc": [pid for pid, command in words.items() if "exp" in command],
         "stage": [pid for pid, command in words.items() if any(word.startswith("stages.") for word in command)],
     }
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """What a process was started with; nothing when it has ended meanwhile."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def kept_names(folder: Path) -> list[str]:
