@@ -218,7 +218,7 @@ def ending(said: str) -> tuple[Status, str]:
     lines = [line for line in said.splitlines() if line.strip()]
     faults = [i for i, line in enumerate(lines) if line.startswith("ERROR: ")]
     if not faults:  # DVC itself was killed
-        return "killed", lines[-1] if lines else "said nothing"
+        return "killed", f"dvc ended without a word after {lines[-1]!r}" if lines else "said nothing"
     found = re.search(r"failed to reproduce '(\w+)'.*exited with (-?\d+)", lines[faults[0]])
     if not found:
         return "failed", " ".join(lines[faults[0] :])[7:500]
