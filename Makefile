@@ -102,6 +102,12 @@ serve: env  ## OpenAI-compatible server, of the best GGUF or of adapters: make s
 chat: env  ## talk to base and tuned side by side: make chat, or make chat URL=... MODELS="a b"
 	@exec python -m commands.chat $(if $(URL),--url "$(URL)") $(if $(MODELS),--models $(MODELS)) $(ARGS)
 
+estimate: env  ## parameters, memory, time, cost before a run: make estimate [ARGS="lora.r=8 --device rtx_4090 --price 0.4"]
+	@python -m commands.estimate $(ARGS)
+
+advise: env  ## prompt, retrieve or fine-tune? by the data and the base's scores: make advise [ARGS="--changing TASK"]
+	@python -m commands.advise $(ARGS)
+
 reproduce: env  ## run an experiment again in a clean clone, compare every hash: make reproduce RUN=<name, commit or MLflow run id>
 	@python -m commands.reproduce $(if $(RUN),"$(RUN)") $(ARGS)
 

@@ -71,7 +71,7 @@ def main() -> None:
         minus = np.eye(n)[-1] - np.eye(n)[-2]
         plain, here, kept, sizes = [], [], [], []
         for trial in range(trials):
-            rng = np.random.default_rng(trial)
+            rng = np.random.default_rng([1, trial])  # not the stream of the draws
             scores = table(case, rng)
             found = uncertainty.figures(scores, np.ones(scores[0].shape[1]), samples=SAMPLES, seed=trial)
             here.append(not uncertainty.interval(found, minus, confidence=0.95).is_told)

@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench import products
 from stages.lib import chat, config, files, numerics, packing
 from stages.lib.schema.lora import Lora
 from stages.lib.schema.numerics import Determinism, Numerics
@@ -93,7 +92,7 @@ def train_as_the_stage(p: Params, steps: int, determinism: Determinism = Determi
     """The training loop of qlora_train on its own packs, without evaluations and samples between the steps."""
     p.numerics.determinism = determinism
     numerics.settle(p.numerics, p.runtime.threads)
-    from stages.lib import adapters, models, training
+    from stages.lib import adapters, cost, estimate, models, training
 
     packs = packing.read(Path("data/packed/train"))
     packs = packs[: steps * p.train.batch_size * p.train.gradient_accumulation_steps]
@@ -113,24 +112,9 @@ def train_as_the_stage(p: Params, steps: int, determinism: Determinism = Determi
     labelled = trained.metrics["train/tokens/labelled"] / trained.metrics["train/tokens"]
     return {
         "tokens_per_second": trained.measured["train/tokens_per_second"],
-        "gflop_per_token": flop_per_token(model, labelled) / 1e9,
+        "gflop_per_token": cost.work(estimate.skeleton(BASE), p.lora, labelled).useful() / 1e9,
         "peak_mib": peak_mib(),
     }
-
-
-def flop_per_token(model: Any, labelled: float) -> float:
-    """Operations of the matrix products for one token, forward and backward.
-
-    2 forward and 2 backward per frozen weight, 6 per adapter weight, and the head where a label is.
-    """
-    from stages.lib import adapters
-
-    base = model.get_base_model()
-    layers = dict(base.named_modules())
-    names = [name for name in adapters.linear_layers(base) if ".lora_" not in name]
-    frozen = sum(layers[name].in_features * layers[name].out_features for name in names)
-    adapter = sum(parameter.numel() for parameter in adapters.trainable(model).values())
-    return 4 * frozen + 6 * adapter + 4 * labelled * base.get_output_embeddings().weight.numel()
 
 
 def train_with_plain_trl(p: Params, steps: int, *, is_float32: bool) -> dict[str, float]:
@@ -195,9 +179,13 @@ def train_with_plain_trl(p: Params, steps: int, *, is_float32: bool) -> dict[str
 
 
 def matrix_product_limit(p: Params, steps: int) -> dict[str, float]:
-    """What float32 products reach for one batch of full packs, see bench/products.py."""
+    """What float32 products reach for one batch of full packs, see stages/lib/products.py."""
     numerics.settle(replace(p.numerics, determinism=Determinism.loose), p.runtime.threads)
-    return {"gflop_per_second": products.gflop_per_second(BASE, p.numerics, p.pack.max_tokens * p.train.batch_size)}
+    from stages.lib import estimate, products
+
+    tokens = p.pack.max_tokens * p.train.batch_size
+    limit = products.gflop_per_second(estimate.skeleton(BASE), numerics.resolve(p.numerics), tokens)
+    return {"gflop_per_second": limit}
 
 
 MEASUREMENTS: dict[str, Callable[[Params, int], dict[str, float]]] = {

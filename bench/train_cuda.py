@@ -19,8 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-from bench import products
-from bench.train_cpu import LEFT_OUT, Params, flop_per_token
+from bench.train_cpu import LEFT_OUT, Params
 from stages.lib import chat, config, files, numerics, packing
 from stages.lib.schema.numerics import Determinism, Numerics
 
@@ -160,7 +159,7 @@ def n_packs(p: Params, steps: int) -> int:
 
 def train_as_the_stage(base: Path, p: Params, steps: int) -> dict[str, float]:
     """The training loop of qlora_train, without evaluations and samples between the steps."""
-    from stages.lib import adapters, models, training
+    from stages.lib import adapters, cost, estimate, models, training
 
     rows = packs(p, n_packs(p, steps), vocabulary_of(base))
     numerics.seed_everything(p.seed, p.numerics)
@@ -179,7 +178,7 @@ def train_as_the_stage(base: Path, p: Params, steps: int) -> dict[str, float]:
     )
     return {
         "tokens_per_second": trained.measured["train/tokens_per_second"],
-        "gflop_per_token": flop_per_token(model, 1.0) / 1e9,
+        "gflop_per_token": cost.work(estimate.skeleton(base), p.lora, 1.0).useful() / 1e9,
         "peak_gib": peak_gib(),
     }
 
@@ -238,6 +237,8 @@ def train_with_sft_trainer(model: Any, adapter: Any, base: Path, p: Params, step
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from stages.lib import products
+
     resolved = numerics.resolve(p.numerics)
     rows = packs(p, n_packs(p, steps), vocabulary_of(base))
     seconds: list[float] = []
@@ -280,8 +281,12 @@ def train_with_sft_trainer(model: Any, adapter: Any, base: Path, p: Params, step
 
 
 def matrix_product_limit(base: Path, p: Params) -> dict[str, float]:
-    """What products in the compute type reach for one batch, see bench/products.py."""
-    return {"gflop_per_second": products.gflop_per_second(base, p.numerics, p.pack.max_tokens * p.train.batch_size)}
+    """What products in the compute type reach for one batch, see stages/lib/products.py."""
+    from stages.lib import estimate, products
+
+    tokens = p.pack.max_tokens * p.train.batch_size
+    limit = products.gflop_per_second(estimate.skeleton(base), numerics.resolve(p.numerics), tokens)
+    return {"gflop_per_second": limit}
 
 
 def start_counting_memory() -> None:

@@ -1,12 +1,12 @@
 """make sync: bring every DVC experiment into MLflow, also those that DVC took from its cache without running a line.
 
-Idempotent. Runs whose process has died are given their true status.
+Idempotent; an experiment that is there in full costs nothing. Runs whose process has died get their true status, and
+runs that did not train themselves the name of the one that trained their adapter.
 """
 
 import csv
 import io
 import json
-import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from stages.lib import config, tracking
+from stages.lib import config, environment, files, tracking
 from stages.lib.experiments import kept
 from stages.lib.experiments.kept import Reader
 from stages.lib.stage import cached
@@ -28,6 +28,9 @@ CURVES = {
     "tokens": "train/tokens_seen",
 }
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
+
+SYNCED = "synced"
+"""The tag of a run that has everything of one commit: its value is the commit."""
 
 
 def main() -> int:
@@ -44,70 +47,138 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    names = kept.references()
-    for name, (revision, _) in names.items():
-        bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
-    if has_run(name := tracking.key(params), experiment_id):
+    names, known = kept.references(), rows(experiment_id)
+    fresh = {name: revision for name, (revision, _) in names.items() if not is_synced(known.get(name), revision)}
+    for name, revision in fresh.items():
+        if bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision}):
+            mlflow.MlflowClient().set_tag(tracking.run_of(name, experiment_id), SYNCED, revision)
+    name = tracking.key(params)
+    if name not in names and (name in known or tracking.ended(name)):
         bring_in(name, in_folder, experiment_id, {})
     ended = reconcile(experiment_id)
-    print(f"sync: {len(names)} DVC experiments in MLflow; {ended} runs whose process is gone were ended")
+    linked = name_trainings(rows(experiment_id))
+    print(
+        f"sync: {len(names)} DVC experiments in MLflow, {len(fresh)} of them looked at; "
+        f"{ended} runs whose process is gone were ended; {linked} newly traced to the run that trained their adapter"
+    )
     return 0
+
+
+def rows(experiment_id: str) -> dict[str, Any]:
+    """Every run of MLflow by the name of its experiment."""
+    from mlflow import MlflowClient
+
+    client, found = MlflowClient(), []
+    page = client.search_runs([experiment_id], max_results=1000)
+    found += page
+    while page.token:
+        page = client.search_runs([experiment_id], max_results=1000, page_token=page.token)
+        found += page
+    return {run.data.tags["dvc.exp_name"]: run for run in found if "dvc.exp_name" in run.data.tags}
+
+
+def is_synced(run: Any | None, revision: str) -> bool:
+    return run is not None and run.data.tags.get(SYNCED) == revision
+
+
+def name_trainings(known: Mapping[str, Any]) -> int:
+    """Tag each run that did not train with `trained_by`, the first that trained an adapter of the same md5.
+
+    Returns how many tags are new.
+    """
+    from mlflow import MlflowClient
+
+    ran, made = f"ran.{tracking.TRAINS}", f"md5.{tracking.ADAPTER}"
+    trained: dict[str, str] = {}
+    for run in sorted(known.values(), key=lambda run: run.data.tags.get(ran, "")):
+        tags = run.data.tags
+        if ran in tags and made in tags:
+            trained.setdefault(tags[made], tags["dvc.exp_name"])
+    new = 0
+    for run in known.values():
+        tags = run.data.tags
+        source = trained.get(tags.get(made, ""))
+        if source and ran not in tags and tags.get("trained_by") != source:
+            MlflowClient().set_tag(run.info.run_id, "trained_by", source)
+            new += 1
+    return new
 
 
 def in_folder(path: str) -> str | None:
     return Path(path).read_text() if Path(path).exists() else None
 
 
-def has_run(name: str, experiment_id: str) -> bool:
-    from mlflow import MlflowClient
-
-    return bool(MlflowClient().search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1))
-
-
-def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> None:
-    """Fill in what the experiment's MLflow run does not have yet.
+def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> bool:
+    """Fill in what the experiment's MLflow run does not have yet; returns whether it has everything now.
 
     That is parameters, metrics and their files, points of curves, samples, the data's digest and hashes of outputs.
-    What lay in an output comes from DVC's cache, and stays away where the cache has it no more.
+    What lay in an output comes from DVC's cache, and stays away where the cache has it no more. What MLflow did not
+    hear of how the stages ended, and of times and speeds, comes from runs/<name>.
     """
     from mlflow import MlflowClient
     from mlflow.entities import Metric, RunTag
 
-    pipeline, lock, params = (yaml.safe_load(read(path) or "{}") for path in ("dvc.yaml", "dvc.lock", "params.yaml"))
-    was_run = has_run(name, experiment_id)
-    run_id = tracking.run_of(name, experiment_id)
-    tracking.log_parameters(run_id, params)
+    pipeline, lock, params = (
+        yaml.load(read(path) or "{}", yaml.CSafeLoader) for path in ("dvc.yaml", "dvc.lock", "params.yaml")
+    )
     client = MlflowClient()
+    run_id = tracking.run_of(name, experiment_id)
     run = client.get_run(run_id)
-    attached = {file.path for folder in (None, "metrics") for file in client.list_artifacts(run_id, folder)}
+    is_new = not (run.data.params or run.data.metrics)
+    tracking.log_parameters(run_id, params)
+    attached = (
+        set()
+        if is_new
+        else {file.path for folder in (None, "metrics") for file in client.list_artifacts(run_id, folder)}
+    )
     metrics: list[Metric] = []
+    lost = False
     current = kept.up_to_date(pipeline, lock, params)
     hashes = {out["path"]: out["md5"] for stage in current for out in lock["stages"][stage].get("outs", [])}
     if "qlora_train" in current:
-        known = {(key, point.step) for key in CURVES.values() for point in client.get_metric_history(run_id, key)}
+        known = set()
+        if not is_new:
+            known = {(key, point.step) for key in CURVES.values() for point in client.get_metric_history(run_id, key)}
         points = curve(read("plots/train.csv") or "")
         metrics += [point for point in points if (point.key, point.step) not in known]
         if "samples.json" not in attached:
-            log_samples(run_id, cached(hashes["models/adapter"]))
+            adapter = cached(hashes["models/adapter"])
+            lost |= not adapter
+            log_samples(run_id, adapter)
     if "dedup_split" in current and not run.inputs.dataset_inputs:
         splits = cached(hashes["data/splits"])
+        lost |= not splits
         tracking.log_dataset(run_id, {file: path for file, path in splits.items() if file.endswith(".parquet")})
+    held = set(run.data.metrics)
     for stage in current:
         path = f"metrics/{stage}.json"
         text = read(path)
         if text and path not in attached:
             client.log_text(run_id, text, path)
-        chosen = tracking.compared(json.loads(text or "{}"))
-        start = run.info.start_time
-        metrics += [Metric(key, value, start, 0) for key, value in chosen.items() if key not in run.data.metrics]
+        for chosen in (tracking.compared(json.loads(text or "{}")), measured_here(name, stage)):
+            metrics += [Metric(key, value, run.info.start_time, 0) for key, value in chosen.items() if key not in held]
+            held |= chosen.keys()
+    ended = tracking.ended(name)
+    was_run = "process" in run.data.tags or bool(ended)
+    tags |= {tag: value for tag, value in ended.get("tags", {}).items() if tag not in run.data.tags}
     tags |= {f"md5.{path}": md5 for path, md5 in hashes.items()}
     if sweep := params.get("sweep", {}).get("id"):
         tags["sweep_id"] = sweep
     if not was_run:
         tags["dvc.cached"] = "true"
-    client.log_batch(run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items()])
-    if not was_run:
-        client.set_terminated(run_id, "FINISHED")
+    for first in range(0, len(metrics), 1000):  # MLflow takes no more metrics at a time
+        client.log_batch(run_id, metrics=metrics[first : first + 1000])
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    if "process" not in run.data.tags:
+        client.set_terminated(run_id, ended.get("status", "FINISHED"))
+    return not lost
+
+
+def measured_here(name: str, stage: str) -> dict[str, float]:
+    """Of times and speeds that a stage left in runs/<name> those that the runs table shows."""
+    path = environment.root() / "runs" / name / f"{stage}.json"
+    found = files.read_json(path) if path.exists() else {}
+    return tracking.compared({key: value for key, value in found.items() if isinstance(value, (int, float))})
 
 
 def curve(table: str) -> list[Any]:
@@ -142,27 +213,33 @@ def log_samples(run_id: str, adapter: Mapping[str, Path]) -> None:
 
 
 def reconcile(experiment_id: str) -> int:
-    """End the runs that this machine left RUNNING and whose process is gone; returns how many."""
+    """End the runs that this machine left RUNNING and whose process is gone; returns how many.
+
+    A process that could end its stage, but not tell MLflow, left its status in runs/<name>; others were killed.
+    """
     from mlflow import MlflowClient
 
-    client, ended = MlflowClient(), 0
+    client, changed = MlflowClient(), 0
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=1000):
-        host, _, process = run.data.tags.get("process", ":").partition(":")
-        if host == socket.gethostname() and process.isdigit() and not _is_alive(int(process)):
-            client.set_tag(run.info.run_id, "failure", "the process ended without a word (killed, or out of memory)")
-            client.set_terminated(run.info.run_id, "KILLED")
-            ended += 1
-    return ended
+        process = run.data.tags.get("process", "")
+        host, _, number = process.partition(":")
+        if host != socket.gethostname() or is_alive(number):
+            continue
+        left = tracking.ended(run.data.tags["dvc.exp_name"])
+        if left.get("process") != process:
+            tags = {"failure": "the process ended without a word (killed, or out of memory)"}
+            left = {"status": "KILLED", "tags": tags}
+        for tag, value in left["tags"].items():
+            client.set_tag(run.info.run_id, tag, value)
+        client.set_terminated(run.info.run_id, left["status"])
+        changed += 1
+    return changed
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def is_alive(process: str) -> bool:
+    """Whether the process of a tag `pid:start` runs still, see tracking.process."""
+    number, _, start = process.partition(":")
+    return number.isdigit() and start == str(tracking.started(int(number)))
 
 
 if __name__ == "__main__":

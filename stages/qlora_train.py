@@ -46,12 +46,14 @@ def train(given: Mapping[str, Any], points: Path) -> "Trained":
     p = Params(**given)
     # transformers 5.23 has renamed gradient_checkpointing; TRL 1.16 and PEFT 0.21 use the old name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    from stages.lib import adapters, estimate, models, training  # torch, once numerics are settled
+    from stages.lib import adapters, cost, estimate, models, training  # torch, once numerics are settled
 
     base = Path("models/base")
     packs, validation = (packing.read(Path("data/packed") / split) for split in ("train", "validation"))
     resolved = numerics.resolve(p.numerics)
-    estimate.check(base, p.lora, p.train, p.numerics, packs)
+    skeleton = estimate.skeleton(base)
+    memory = estimate.check(skeleton, p.lora, p.train, p.numerics, packs)
+    foreseen = cost.foresee(skeleton, p.lora, p.train, memory, packs, validation, resolved)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
@@ -69,6 +71,7 @@ def train(given: Mapping[str, Any], points: Path) -> "Trained":
     )
     values = adapters.whole(model)
     if launching.is_first():
+        trained.measured |= foreseen.beside(trained.measured)
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder, values)
             described = adapters.describe(model, p.lora, resolved) | {"ended": trained.ended}

@@ -103,12 +103,17 @@ class Estimate:
     def total(self) -> Range:
         return sum(self.parts().values(), ZERO)
 
+    def of_tensors(self) -> Range:
+        """Without the process: what torch counts on a GPU."""
+        return sum((size for name, size in self.parts().items() if name != "process"), ZERO)
 
-def check(base: Path, lora: Lora, train: Train, n: Numerics, packs: Sequence[packing.Pack]) -> Estimate:
+
+def check(model: PreTrainedModel, lora: Lora, train: Train, n: Numerics, packs: Sequence[packing.Pack]) -> Estimate:
     """Refuse a training that this machine cannot hold, and an adapter on layers the base does not have.
 
-    Reads config.json of the base, not its weights. Expected memory decides; where only the worst case is above what
-    the machine has, one line says so.
+    Expected memory decides; where only the worst case is above what the machine has, one line says so.
+
+    Args: model: without weights.
 
     Raises: ConfigError, with every part's size and what the keys that lower it would give; or naming the keys of
     several sections that do not go together.
@@ -116,7 +121,6 @@ def check(base: Path, lora: Lora, train: Train, n: Numerics, packs: Sequence[pac
     check_together(lora, n, gradient_checkpointing=train.gradient_checkpointing)
     resolved = numerics.resolve(n)
     check_optimizer(train, resolved.device)
-    model = skeleton(base)
     room = unpacking.KEPT_SHARE * unpacking.available_memory()
     found = memory(model, lora, train, n, resolved, heaviest(packs, train.batch_size), room=room)
     has, where = machine_memory(resolved.device)

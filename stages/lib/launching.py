@@ -99,6 +99,7 @@ def _torchrun(job: Job) -> Any:
             f"train.processes: found {job.processes}, expected at most the {torch.cuda.device_count()} GPUs that this "
             "process may use (CUDA_VISIBLE_DEVICES)."
         )
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what is raised here
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "job").write_bytes(pickle.dumps(job))
         agent = LaunchConfig(
@@ -161,6 +162,10 @@ def main(scratch: str, parent: str) -> int:
     except (PipelineError, OSError) as fault:
         (folder / f"fault-{rank}").write_bytes(pickle.dumps(fault))
         return 2
+    except RuntimeError as fault:
+        if "gloo" in str(fault) or isinstance(fault, distributed.DistError):
+            return 1  # another process has ended, and the launcher says which
+        raise
     if rank == 0:
         (folder / "result").write_bytes(pickle.dumps(result))
     distributed.destroy_process_group()

@@ -83,7 +83,11 @@ def resolve(numerics: Numerics) -> Resolved:
             f"numerics.device: found cuda, but torch {torch.__version__} sees no GPU here. Expected auto or cpu, or a "
             "GPU and the environment that `make env` installs beside one."
         )
-    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    return on(numerics, device, has_bfloat16=device == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def on(numerics: Numerics, device: str, *, has_bfloat16: bool) -> Resolved:
+    """What `auto` comes to on a device, `cpu` or `cuda`, which need not be here."""
     compute, adapter = str(numerics.compute_dtype), str(numerics.adapter_dtype)
     reason = f"device={device} ({'found' if numerics.device is Device.auto else 'configured'})"
     if compute == "auto":

@@ -12,6 +12,8 @@ import math
 import os
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,14 @@ MAX_OF_A_STAGE, MAX_FORMATS = 13, 7
 
 MAX_POINTS = 1000
 """Of a live curve: no screen shows more, and a store of many long runs stays quick."""
+
+MAX_VALUE = 6000
+"""Characters of a parameter that MLflow takes."""
+
+TRAINS, ADAPTER = "qlora_train", "models/adapter"
+
+ENDED = "ended.json"
+"""In runs/<key>: how the last stage of an experiment ended, for `make sync` where MLflow did not hear of it."""
 
 UNTRACKED = ("runtime", "sweep", "checked")  # sections of params.yaml that cannot change a result
 
@@ -134,7 +144,12 @@ def connect(uri: str) -> str:
         artifacts = f"file://{environment.root()}/mlartifacts" if is_local else None
         # MLflow's pages open on the runs of such an experiment, and on traces of chats otherwise
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        return mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts, tags=kind)
+        try:
+            return mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts, tags=kind)
+        except mlflow.MlflowException:  # another machine, which our lock does not hold back, was first
+            if found := mlflow.get_experiment_by_name(EXPERIMENT):
+                return str(found.experiment_id)
+            raise
 
 
 def _lock() -> FileLock:
@@ -169,11 +184,16 @@ def run(stage: str, params: Mapping[str, Any]) -> Iterator[None]:
         yield
     except BaseException as fault:
         status = "KILLED" if isinstance(fault, (Killed, KeyboardInterrupt, Pruned)) else "FAILED"
-        failure = f"{type(fault).__name__}: {fault}"[:5000]
-        _try(lambda: _close(status, {"failed_stage": stage, "failure": failure}))
+        tags = {"failed_stage": stage, "failure": f"{type(fault).__name__}: {fault}"[:5000]}
+        _write_ended(name, status, tags)
+        _try(lambda: _close(status, tags))
         raise
+    tags = {f"ran.{stage}": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    if stage == TRAINS and Path(ADAPTER).is_dir():
+        tags[f"md5.{ADAPTER}"] = dvc_md5(Path(ADAPTER))
+    _write_ended(name, "FINISHED", tags)
     _softly(lambda: _log_measured(stage))
-    _try(lambda: _close("FINISHED", {}))
+    _try(lambda: _close("FINISHED", tags))
     _write_measured(stage, name)
     if _lost:
         log.warning("MLflow did not get everything (%s). `make sync` brings it in.", _lost[0])
@@ -196,7 +216,7 @@ def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
         "git.commit": _git("rev-parse", "HEAD"),
         "sweep_id": params["sweep"]["id"] or "",
         "stage": stage,
-        "process": f"{socket.gethostname()}:{os.getpid()}",
+        "process": process(),
     }
     mlflow.set_tags({tag: value for tag, value in tags.items() if value})
     log_parameters(run_id, params)
@@ -233,8 +253,45 @@ def log_parameters(run_id: str, params: Mapping[str, Any]) -> None:
 
     client = MlflowClient()
     known = client.get_run(run_id).data.params
-    flat = config.flat({name: value for name, value in params.items() if name != "checked"})
-    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in flat.items() if name not in known])
+    flat = {name: str(value) for name, value in config.flat(shown(params)).items() if name not in known}
+    client.log_batch(run_id, params=[Param(name, value) for name, value in flat.items() if len(value) <= MAX_VALUE])
+    for name, value in flat.items():
+        if len(value) > MAX_VALUE:  # MLflow would cut it without a word
+            client.log_text(run_id, value, f"long/{name}.txt")
+
+
+def shown(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of params.yaml what a row of MLflow shows: of a sweep only its id, all else of it belongs to its driver."""
+    rows = {name: values for name, values in params.items() if name != "checked"}
+    return rows | ({"sweep": {"id": params["sweep"]["id"]}} if "sweep" in params else {})
+
+
+def process() -> str:
+    """Which process this is, host:pid:start; the start tells it from a later one that got the same number."""
+    return f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}"
+
+
+def started(pid: int) -> int | None:
+    """When the process of a number began, clock ticks after the machine did; None where there is none.
+
+    Source: proc(5), field 22 of /proc/<pid>/stat. A process that ended and waits for its parent (Z) counts as none.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def dvc_md5(folder: Path) -> str:
+    """The hash under which DVC 3 records a folder: md5 of the sorted JSON list of its files' md5 and relative path."""
+    listed = [
+        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(folder).as_posix()}
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    text = json.dumps(sorted(listed, key=lambda file: file["relpath"]), sort_keys=True)
+    return hashlib.md5(text.encode()).hexdigest() + ".dir"
 
 
 def _close(status: str, tags: Mapping[str, str]) -> None:
@@ -262,8 +319,6 @@ def _try(action: Callable[[], object]) -> None:
 
 
 def _is_open() -> bool:
-    import sys
-
     return "mlflow" in sys.modules and not _lost and sys.modules["mlflow"].active_run() is not None
 
 
@@ -409,6 +464,19 @@ def _log_measured(stage: str) -> None:
 def _write_measured(stage: str, name: str) -> None:
     record = measured | ({"mlflow_lost": _lost[0]} if _lost else {})
     files.write_json(environment.root() / "runs" / name / f"{stage}.json", record)
+
+
+def ended(name: str) -> dict[str, Any]:
+    """How the last stage of an experiment ended here: process, status, tags; empty where none did."""
+    path = environment.root() / "runs" / name / ENDED
+    return dict(files.read_json(path)) if path.exists() else {}
+
+
+def _write_ended(name: str, status: str, tags: Mapping[str, str]) -> None:
+    """Keep the end of a stage, and of those before it what they made, in case MLflow does not hear of it."""
+    made = {tag: value for tag, value in ended(name).get("tags", {}).items() if tag.startswith(("ran.", "md5."))}
+    record = {"process": process(), "status": status, "tags": made | dict(tags)}
+    files.write_json(environment.root() / "runs" / name / ENDED, record)
 
 
 def _git(*arguments: str) -> str:

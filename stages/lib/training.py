@@ -246,7 +246,8 @@ class PackedTrainer(SFTTrainer):
         folder = Path(resume_from_checkpoint)
         found = json.loads((folder / "progress.json").read_text())
         self.tokens_seen, self.labels_seen = (found["trainer"][name] for name in ("tokens_seen", "labels_seen"))
-        parameters, device = adapters.trainable(self.model), str(self.args.device)
+        parameters, device = adapters.trainable(self.model), self.args.device
+        device = str(device) if device.type == "cuda" else device.type  # no index: safetensors knows no cpu:0
         self.watch.restore(found["watch"], load_file(folder / "best.safetensors", device=device))
         stored = load_file(folder / "adapter.safetensors", device=device)
         assert stored.keys() == parameters.keys()

@@ -229,6 +229,7 @@ class Watch(TrainerCallback):
         }
         self.trained.measured = {
             "train/seconds": time.monotonic() - self.started,
+            "train/steps_in_full": int(len(self.timed) == state.max_steps),  # and none by an earlier process
             "train/peak_memory_mib": self._peak_mib(),
         }
         if self.timed:  # none where the process before had done every step

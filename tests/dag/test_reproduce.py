@@ -61,7 +61,8 @@ def test_an_experiment_comes_out_the_same_from_a_clone_elsewhere_with_only_git_a
     git(project, "push", "-q", "shared", "HEAD:refs/heads/main")
     git(tmp_path, "clone", "-q", "-b", "main", str(hub), str(elsewhere))
 
-    done = run(elsewhere, sys.executable, "-m", "commands.reproduce", "ours", timeout=900, HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-m", "commands.reproduce", "ours", "--until", "evaluate"]
+    done = run(elsewhere, *command, timeout=900, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "base_model: restored, not run" in done.stdout  # no model hub can be reached
     assert (
@@ -151,7 +152,7 @@ def test_a_result_that_hangs_on_the_number_of_threads_is_found_and_comes_with_th
     params = (planted / "params.yaml").read_text()
     here = len(os.sched_getaffinity(0))
     (planted / "params.yaml").write_text(params.replace("threads: null", f"threads: {here + 1}"))
-    done = run(planted, "dvc", "repro", "qlora_train")
+    done = run(planted, "dvc", "repro", "qlora_train", timeout=900)
     assert done.returncode == 0, done.stderr
     (planted / "params.yaml").write_text(params)  # no stage tracks runtime
     git(planted, "commit", "-qam", "recorded with more threads")

@@ -1,14 +1,21 @@
 """A training in two processes, as its command runs: who starts them, and how often they are killed, changes no byte."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from stages.lib import launching
+from stages.lib.schema.runtime import Engine, Launcher, Runtime
+from stages.lib.schema.train import Sharding, Train
+from tests import sharded_training, tiny_training
 from tests.stages.test_resume import ready, runs_of, start, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -29,6 +36,26 @@ def processes_of(training: subprocess.Popen[str], repository: Path, step: int) -
             found[len(found)] = process
     assert len(found) == 2, found
     return [found[rank] for rank in sorted(found)]
+
+
+def test_processes_that_share_the_model_learn_what_those_that_hold_it_do_and_go_on_when_killed(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_thread = Runtime(1, 1, Engine.local, None, "error", None, 0, Launcher.torchrun)
+    monkeypatch.setattr(launching, "_runtime", one_thread)
+    p = replace(tiny_training.TRAIN, epochs=2.0, gradient_accumulation_steps=2, processes=2)
+    fsdp = replace(p, sharding=Sharding.fsdp)
+
+    def fit(how: Train, points: str) -> dict[str, Any]:
+        return launching.launch(sharded_training.fit, tiny_model_dir, how, tmp_path / points, processes=2, device="cpu")
+
+    apart, shared = fit(p, "apart"), fit(fsdp, "shared")
+    assert set(apart["held"].values()) == {1.0}
+    assert shared["held"] == {"base_layer.weight": 0.5, "lora_A.default.weight": 0.5, "lora_B.default.weight": 0.5}
+    for name, values in apart["adapter"].items():
+        assert shared["adapter"][name] == pytest.approx(values, rel=1e-3, abs=1e-5)
+    shutil.rmtree(max((tmp_path / "shared").glob("step-*")))  # as if killed between the last two points
+    assert fit(fsdp, "shared") == shared
 
 
 def test_one_process_gives_the_same_bytes_however_it_is_started(tmp_path: Path, tiny_model_dir: Path) -> None:

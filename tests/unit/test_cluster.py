@@ -32,6 +32,13 @@ def test_a_point_takes_one_gpu_or_its_part_of_the_smallest_node(
     assert cluster.share(nodes, workers) == expected
 
 
+def test_a_point_that_trains_in_several_processes_takes_a_gpu_for_each() -> None:
+    nodes = [node(CPU=16, GPU=1), node(CPU=64, GPU=8)]
+    assert cluster.share(nodes, 1, processes=4) == Share(32, 4)
+    with pytest.raises(ConfigError, match=r"train\.processes: found 16, expected at most 8"):
+        cluster.share(nodes, 1, processes=16)
+
+
 def test_a_cluster_that_offers_nothing_is_refused() -> None:
     with pytest.raises(ExternalError, match="no node that offers a CPU"):
         cluster.share([node()], 1)

@@ -9,7 +9,7 @@ import pytest
 
 from commands import sweep_report
 from stages.lib import config
-from stages.lib.experiments import results
+from stages.lib.experiments import results, sweep_page
 from stages.lib.experiments.results import Failure
 from tests.evaluate_settings import settings
 from tests.kept_experiments import experiment, keep, predictions
@@ -74,6 +74,17 @@ def test_a_point_that_was_run_again_counts_once_the_later_one(root, monkeypatch,
     assert sweep_report.main(["grid"]) == 0
     assert "12 of 13 experiments in 4 settings" in capsys.readouterr().out
     assert "run again since with other code or data: grid-old" in (root / REPORT).read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "alphas", "times"), [("fixed", (2, 32), 4), ("fixed", (16, 16), 0.25), ("rslora", (4, 4), 1)]
+)
+def test_how_far_a_step_goes_at_another_rank(mode, alphas, times) -> None:
+    low, high = (
+        sweep_page.step({"lora.r": r, "lora.alpha": alpha, "lora.alpha_mode": mode})
+        for r, alpha in zip((2, 32), alphas, strict=True)
+    )
+    assert high / low == pytest.approx(times)
 
 
 def test_points_that_failed_are_listed_with_their_reason(root, monkeypatch) -> None:

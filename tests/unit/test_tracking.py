@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from commands import sync
 from stages.lib import config, errors, tracking
 from stages.lib.schema.export import Format
 from tests.conftest import ROOT
@@ -234,3 +236,58 @@ def test_a_hiccup_of_mlflow_does_not_hide_how_the_stage_ended(here: Path, monkey
     work("two", fault=errors.DataError("nothing there"))
     (run,) = runs(here)
     assert (run.info.status, run.data.tags["failed_stage"]) == ("FAILED", "two")
+
+
+def test_a_folder_has_the_hash_that_dvc_gives_it(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b/c.txt").write_text("two")
+    # `dvc add` of this folder, DVC 3.67.1
+    assert tracking.dvc_md5(tmp_path) == "9ac7ba4a4409640ebaa596b7fe84d343.dir"
+
+
+def test_a_stage_leaves_how_it_ended_and_what_the_earlier_ones_made(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "puny-otter")
+    work("one")
+    work("two", fault=errors.DataError("nothing there"))
+    left = tracking.ended("puny-otter")
+    assert (left["status"], left["tags"]["failure"]) == ("FAILED", "DataError: nothing there")
+    assert "ran.one" in left["tags"]
+
+
+def test_a_process_that_ended_is_not_taken_for_a_later_one_of_its_number() -> None:
+    assert sync.is_alive(tracking.process().partition(":")[2])
+    assert not sync.is_alive(f"{os.getpid()}:1")
+
+
+def test_a_run_whose_end_mlflow_did_not_hear_gets_the_status_the_stage_left(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "puny-otter")
+    monkeypatch.setattr(tracking, "process", lambda: f"{socket.gethostname()}:1:0")
+    work("one")
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (run,) = runs(here)
+    client.update_run(run.info.run_id, status="RUNNING")
+    assert sync.reconcile(run.info.experiment_id) == 1
+    assert runs(here)[0].info.status == "FINISHED"
+
+
+def test_a_run_that_did_not_train_names_the_first_that_trained_its_adapter(here: Path) -> None:
+    from mlflow import MlflowClient
+
+    store = tracking.connect(f"sqlite:///{here}/mlflow.db")
+    client = MlflowClient()
+    for name, day in (("second", "2"), ("first", "1"), ("cached", None)):
+        run_id = tracking.run_of(name, store)
+        client.set_tag(run_id, "md5.models/adapter", "aa.dir")
+        if day:
+            client.set_tag(run_id, "ran.qlora_train", day)
+    assert [sync.name_trainings(sync.rows(store)) for _ in range(2)] == [1, 0]
+    found = sync.rows(store)
+    assert found["cached"].data.tags["trained_by"] == "first"
+    assert "trained_by" not in found["second"].data.tags

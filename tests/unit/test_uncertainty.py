@@ -107,6 +107,17 @@ def test_with_the_seeds_that_are_needed_the_difference_is_just_detectable() -> N
     assert enough <= seen < fewer
 
 
+def test_what_is_not_told_needs_more_than_there_is() -> None:
+    for scores in sweeps(20, (0.5, 0.56), seeds=2):
+        found = figures(scores)
+        best = uncertainty.best(found, higher_is_better=True, confidence=0.95)
+        other = 1 - best.index
+        if best.is_among(other):
+            asked = uncertainty.needed(found, other, best.index, critical=float(best.critical[other]))
+            assert asked.seeds is None or asked.seeds > 2
+            assert asked.rows is None or asked.rows > 60
+
+
 def test_no_number_of_rows_settles_what_seeds_alone_leave_open() -> None:
     found = figures(next(sweeps(1, (0.5, 0.51), of_seed=0.2)))
     assert uncertainty.needed(found, 1, 0, critical=2.0).rows is None

@@ -234,7 +234,12 @@ def test_the_curve_counts_tokens_and_holds_nothing_of_this_machine(seen: Seen) -
     }
     assert seen.trained.curve[-1]["tokens"] == seen.trained.metrics["train/tokens"]
     assert not any("second" in name or "memory" in name for name in seen.trained.metrics)
-    assert set(seen.trained.measured) == {"train/seconds", "train/tokens_per_second", "train/peak_memory_mib"}
+    assert set(seen.trained.measured) == {
+        "train/seconds",
+        "train/steps_in_full",
+        "train/tokens_per_second",
+        "train/peak_memory_mib",
+    }
 
 
 def test_samples_of_all_evaluations_are_one_table(seen: Seen) -> None:

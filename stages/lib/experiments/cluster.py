@@ -11,6 +11,7 @@ A point whose node is lost goes to another one.
 
 import configparser
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -120,7 +121,8 @@ def _spread(points: Sequence[Point], p: Sweep, workers: int, address: str, code:
 
         return cluster.work(pickled)
 
-    part = share(ray.nodes(), workers)
+    processes = config.values()["train"]["processes"]
+    part = share(ray.nodes(), workers, max(point.values.get("train.processes", processes) for point in points))
     order = Order(str(p.id), p.target, code, _mlflow(), engine_ray.versions(DECISIVE), part)
     remote = ray.remote(max_retries=RETRIES, num_cpus=part.cpus, num_gpus=part.gpus)(on_node)
     waiting = {remote.remote(pickle.dumps((point, order))): point for point in points}
@@ -144,18 +146,22 @@ def _spread(points: Sequence[Point], p: Sweep, workers: int, address: str, code:
             ray.cancel(task)
 
 
-def share(nodes: Sequence[Mapping[str, Any]], workers: int) -> Share:
-    """What each point takes, so that every GPU has one point, or every node without any `workers` points.
+def share(nodes: Sequence[Mapping[str, Any]], workers: int, processes: int = 1) -> Share:
+    """What each point takes: a GPU for each process of its training; without any in the cluster, a part of a node.
 
-    Args: nodes: as `ray.nodes()` lists them.
-    Raises: ExternalError, when no node offers anything.
+    Args: nodes: as `ray.nodes()` lists them. workers: points at a time on the smallest node, where none has a GPU.
+        processes: of the training (train.processes).
+    Raises: ExternalError, when no node offers anything; ConfigError, when none has as many GPUs.
     """
     offers = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if not offers:
         raise ExternalError("the Ray cluster: found no node that offers a CPU, expected one: docs/cluster.md")
-    with_gpus = [offer for offer in offers if offer.get("GPU", 0) >= 1]
-    if with_gpus:
-        return Share(cpus=max(1, min(int(offer["CPU"] // offer["GPU"]) for offer in with_gpus)), gpus=1)
+    most = max(int(offer.get("GPU", 0)) for offer in offers)
+    if most:
+        if processes > most:
+            raise ConfigError(f"train.processes: found {processes}, expected at most {most}, the GPUs of a node.")
+        cpus = [offer["CPU"] * processes // offer["GPU"] for offer in offers if offer.get("GPU", 0) >= processes]
+        return Share(cpus=max(1, int(min(cpus))), gpus=processes)
     return Share(cpus=max(1, min(int(offer["CPU"]) for offer in offers) // workers), gpus=0)
 
 
@@ -287,15 +293,18 @@ def clone(code: Code) -> Iterator[Path]:
 
 @contextmanager
 def _free(home: Path) -> Iterator[Path]:
-    """The first folder that nobody has locked."""
-    number = 0
-    while True:
+    """The first folder that nobody has locked; locked, until the caller is done with it."""
+    for number in itertools.count():
+        lock = FileLock(home / f"clone-{number}.lock")
         try:
-            with FileLock(home / f"clone-{number}.lock", timeout=0):
-                yield home / f"clone-{number}"
-                return
+            lock.acquire(timeout=0)
         except Timeout:
-            number += 1
+            continue
+        try:
+            yield home / f"clone-{number}"
+        finally:
+            lock.release()
+        return
 
 
 def _prepare(folder: Path, home: Path, code: Code) -> None:

@@ -25,7 +25,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Factor:
-    """Keys that varied together, the first one named for all; its values, sorted."""
+    """Keys that varied together, the shortest one named for all; its values, sorted."""
 
     keys: tuple[str, ...]
     levels: tuple[Any, ...]
@@ -86,7 +86,7 @@ class Interplay:
 def factors(settings: Sequence[Values]) -> list[Factor]:
     """What varied over settings; keys that always change together are one factor, since nobody can tell them apart."""
     found: dict[tuple[int, ...], list[str]] = {}
-    for key in sorted({key for values in settings for key in values}):
+    for key in sorted({key for values in settings for key in values}, key=lambda key: (len(key), key)):
         seen: list[Any] = []
         for values in settings:
             if values.get(key) not in seen:

@@ -34,6 +34,7 @@ Causes = dict[str, list[str]]
 arithmetic; failed: the stage did not end; unknown: nothing is known that explains it."""
 
 INPUTS = ("code", "parameters", "data", "base", "failed")  # with one of these it is another run, whatever its figures
+ELSEWHERE = ("DVC_", "MLFLOW_", "PIPELINE_")  # variables that lead out of the clone
 PREDICTIONS = Path("reports/evaluation/predictions.parquet")
 MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 KEY = re.compile(r"repro-[0-9a-f]{8}")
@@ -273,7 +274,7 @@ def run(folder: Path, name: str, threads: str | None = None) -> str:
 
 def dvc(folder: Path, *arguments: str) -> int:
     """Run DVC in the clone, with this environment's python; its exit status. What it says goes to the log."""
-    named = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    named = {name: value for name, value in os.environ.items() if not name.startswith(ELSEWHERE)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log(folder).open("a") as said:
         return subprocess.run(

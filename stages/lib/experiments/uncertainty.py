@@ -201,6 +201,7 @@ def needed(found: Figures, one: int, other: int, *, critical: float) -> Needed:
     variance, of_seeds, n_rows = _parts(found, one, other)
     seeds = int(max(found.n_seeds[one], found.n_seeds[other]))
     allowed = ((found.means[one] - found.means[other]) / (critical + norm.ppf(POWER))) ** 2
+    allowed /= _tails(found, one, other)
     by_seed = of_seeds * (found.seeds.own + found.seeds.on_rows)
     of_rows = max(0.0, variance - of_seeds * found.seeds.on_rows)  # what no further seed takes away
     left_for_rows = allowed - of_seeds * found.seeds.own
@@ -216,7 +217,14 @@ def detectable(found: Figures, one: int, other: int, *, critical: float, seeds: 
     of_rows = max(0.0, variance - of_seeds * found.seeds.on_rows)
     each = of_seeds / seeds
     total = (of_rows + each * found.seeds.on_rows) / rows + each * found.seeds.own
-    return float((critical + norm.ppf(POWER)) * math.sqrt(total))
+    return float((critical + norm.ppf(POWER)) * math.sqrt(total * _tails(found, one, other)))
+
+
+def _tails(found: Figures, one: int, other: int) -> float:
+    """How much wider than by its variances a difference spreads, since few seeds leave these themselves unsure."""
+    variance, of_seeds, _ = _parts(found, one, other)
+    total = variance + of_seeds * found.seeds.own
+    return max(1.0, spread(found, one, other) ** 2 / total) if total > 0 else 1.0
 
 
 def _parts(found: Figures, one: int, other: int) -> tuple[float, float, int]:
