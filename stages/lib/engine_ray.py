@@ -92,7 +92,7 @@ def connect(address: str | None, *, cpus: int | None = None) -> None:
             log_to_driver=False,
             **local,
         )
-    except (OSError, RuntimeError, ValueError, RayError) as fault:
+    except Exception as fault:  # a plain one, too, where a node does not come up in time
         raise ExternalError(
             f"runtime.ray_address: no Ray cluster answers at {found!r}: {fault}\n"
             "Expected host:port of a cluster's head, from a machine that is a node of it and has the same Python and "

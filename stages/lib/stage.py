@@ -22,7 +22,7 @@ import yaml
 from stages.lib import config, environment, files, leases, numerics, tracking
 from stages.lib.errors import PipelineError
 from stages.lib.schema.numerics import Device
-from stages.lib.schema.runtime import Runtime
+from stages.lib.schema.runtime import Launcher, Runtime
 
 P = TypeVar("P")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -55,8 +55,8 @@ def run(
             start(outside.runtime)
         if any(field.name == "numerics" for field in dataclasses.fields(cast(Any, params))):
             os.environ["HF_HUB_OFFLINE"] = "1"
-            if cast(Any, p).numerics.device is not Device.cpu:
-                leases.hold_devices(1)
+            if wanted := gpus(p, outside.runtime):
+                leases.hold_devices(wanted)
             tracking.measured |= numerics.settle(cast(Any, p).numerics, outside.runtime.threads)
         with tracking.run(name, config.values(sys.argv[1:])):
             main(p)
@@ -69,6 +69,18 @@ def run(
             raise
         advice = "The disk is full; nothing half-written was kept. Free some of it (`make clean`) and run again."
         sys.exit(_message(name, f"{fault}\n{advice}"))
+
+
+def gpus(p: Any, runtime: Runtime) -> int:
+    """How many GPUs a stage computes on: one, for a training one each of its processes; those of Ray are Ray's to give.
+
+    Args: p: its parameters, which have a section numerics.
+    """
+    if p.numerics.device is Device.cpu:
+        return 0
+    if not hasattr(p, "train"):
+        return 1
+    return 0 if runtime.launcher is Launcher.ray else int(p.train.processes)
 
 
 def quiet(level: str) -> None:

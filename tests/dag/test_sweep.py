@@ -203,14 +203,11 @@ def test_twelve_points_on_four_workers_with_three_kills_are_twelve_experiments_a
     git(project, "commit", "-qm", "a sweep")
     draw = random.Random(time.time_ns())
     said = []
-    for kill in ("stage", "dvc", "driver"):
+    for kind in ("stage", "dvc", "driver"):
         process = sweep(project)
-        time.sleep(draw.uniform(20, 60))
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        chosen = {"driver": [process.pid] if process.poll() is None else []}
-        chosen["stage"] = [one.pid for one in below if "stages." in " ".join(one.cmdline())]
-        chosen["dvc"] = [one.pid for one in below if "exp" in one.cmdline()]
-        for pid in draw.sample(chosen[kill], min(1, len(chosen[kill]))):
+        wait_for(lambda kind=kind, process=process: parts(process.pid)[kind], 600)
+        time.sleep(draw.uniform(0, 15))
+        for pid in draw.sample(found := parts(process.pid)[kind], min(1, len(found))):
             os.kill(pid, signal.SIGKILL)
         said.append(process.communicate()[0])
     last = sweep(project)
@@ -228,6 +225,25 @@ def test_twelve_points_on_four_workers_with_three_kills_are_twelve_experiments_a
     listed = run(project, sys.executable, "-m", "commands.sweep", "grid", "--list")
     assert listed.stdout.count(" there") == 13  # and the line that counts
     shutil.rmtree(project / "runs/sweeps/grid")
+
+
+def parts(driver: int) -> dict[str, list[int]]:
+    """Processes of a sweep that runs, by what they are."""
+    below = psutil.Process(driver).children(recursive=True) if psutil.pid_exists(driver) else []
+    words = {one.pid: command_of(one) for one in below}
+    return {
+        "driver": [driver] if below else [],
+        "dvc": [pid for pid, command in words.items() if "exp" in command],
+        "stage": [pid for pid, command in words.items() if any(word.startswith("stages.") for word in command)],
+    }
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """What a process was started with; nothing when it has ended meanwhile."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def kept_names(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from commands.params import composed
+from commands.sweep import main
 from stages.lib import config
 from stages.lib.errors import ConfigError
 from stages.lib.experiments import points
@@ -115,13 +116,18 @@ def test_the_state_is_that_of_code_data_and_parameters_the_target_reads(
     assert points.state_of(params, "evaluate") != before
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/sweep").glob("*_*.yaml")), ids=lambda path: path.stem)
 def test_every_sweep_of_conf_composes(path: Path) -> None:
     composition = composed([f"sweep={path.stem}"])
     found = composition["sweep"]
-    assert found["id"] == (None if path.stem == "none" else path.stem)
+    assert found["id"] == path.stem
     sections = {key.split(".")[0] for key in {**found["fixed"], **found["grid"]}}
     assert sections <= composition.keys()
+
+
+def test_a_sweep_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["none"]) == 2
+    assert "sweep.id: found null in conf/sweep/none.yaml" in capsys.readouterr().err
 
 
 def test_a_grid_of_what_is_no_list_is_refused() -> None:

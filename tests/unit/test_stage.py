@@ -3,10 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages.lib import environment, stage
+from stages.lib.schema.numerics import Device
+from stages.lib.schema.runtime import Launcher
 from tests.conftest import ROOT, git, run
 
 SCRIPT = """
@@ -135,3 +138,16 @@ def test_stages_that_need_no_torch_do_not_import_it(name: str) -> None:
     code = f"import sys, stages.{name}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "launcher", "processes", "expected"),
+    [("cpu", "local", 1, 0), ("auto", "local", None, 1), ("cuda", "torchrun", 4, 4), ("cuda", "ray", 4, 0)],
+)
+def test_a_stage_leases_a_gpu_for_each_process_it_starts_itself(
+    device: str, launcher: str, processes: int | None, expected: int
+) -> None:
+    p = SimpleNamespace(numerics=SimpleNamespace(device=Device(device)))
+    if processes:
+        p.train = SimpleNamespace(processes=processes)
+    assert stage.gpus(p, SimpleNamespace(launcher=Launcher(launcher))) == expected

@@ -84,13 +84,13 @@ def run(
     source = source or start_folder(sweep_id)
     place = folder(sweep_id)
     log = place / f"{point.name}.log"
+    asked = None
     with _locked(place / f"{point.name}.lock", interruptible=True) as claim:
         collect(source)
-        if point.name in kept.references():
-            return Outcome(point, "done", "", log, time.monotonic() - started)
-        live.forget(point.name)
-        asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
-        collect(source)
+        if point.name not in kept.references():
+            live.forget(point.name)
+            asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
+            collect(source)
     status: Status = "done"
     reason = ""
     if point.name not in kept.references():
@@ -243,7 +243,7 @@ def ending(said: str) -> tuple[Status, str]:
     lines = [line for line in said.splitlines() if line.strip()]
     faults = [i for i, line in enumerate(lines) if line.startswith("ERROR: ")]
     if not faults:  # DVC itself was killed
-        return "killed", lines[-1] if lines else "said nothing"
+        return "killed", f"dvc ended without a word after {lines[-1]!r}" if lines else "said nothing"
     found = re.search(r"failed to reproduce '(\w+)'.*exited with (-?\d+)", lines[faults[0]])
     if not found:
         return "failed", " ".join(lines[faults[0] :])[7:500]
