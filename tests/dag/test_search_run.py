@@ -15,7 +15,7 @@ from stages.lib.experiments.points import Point
 from tests.conftest import run, variables
 from tests.dag.test_repro import runs
 
-FIXED = {"train.epochs": 20, "train.evals_per_epoch": 1, "train.early_stopping_patience": 0, "train.samples": 0}
+FIXED = {"train.epochs": 8, "train.evals_per_epoch": 1, "train.early_stopping_patience": 0, "train.samples": 0}
 SEARCH = f"""
 defaults: [none]
 id: tiny

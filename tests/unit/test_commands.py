@@ -15,6 +15,7 @@ from commands.deps import closure
 from commands.differences import differences
 from commands.sync import curve
 from stages.lib import tracking
+from stages.lib.experiments import kept
 from stages.lib.experiments.kept import up_to_date
 from tests.conftest import ROOT
 
@@ -44,6 +45,11 @@ def test_numbers_of_an_earlier_experiment_are_not_current() -> None:
     assert up_to_date(PIPELINE, lock(8), {"lora": {"r": 16}}) == ["split"]
     assert up_to_date(PIPELINE, lock(8, adapter="old"), {"lora": {"r": 8}}) == ["split", "train"]
     assert up_to_date(PIPELINE, lock(8, packed="old"), {"lora": {"r": 8}}) == ["split"]
+
+
+def test_numbers_as_dvc_writes_them_into_params_and_into_its_lock_are_the_same() -> None:
+    assert kept.parse("rate: 1e-06") == kept.parse("rate: 1.0e-06") == {"rate": 1e-6}
+    assert kept.parse("revision: 12e5f") == {"revision": "12e5f"}
 
 
 def test_differences_name_key_and_both_values() -> None:

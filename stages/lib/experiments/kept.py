@@ -9,6 +9,7 @@ times, speeds and memory.
 import difflib
 import functools
 import json
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def references() -> dict[str, tuple[str, str]]:
 def read(name: str, revision: str, baseline: str) -> Experiment:
     """What a commit recorded of the stages whose results belong to its parameters."""
     text = texts(revision, READ)
-    params, pipeline, lock = (_yaml(text[path] or "{}") for path in READ)
+    params, pipeline, lock = (parse(text[path] or "{}") for path in READ)
     current = up_to_date(pipeline, lock, params)
     written = texts(revision, [f"metrics/{stage}.json" for stage in current])
     metrics = {Path(path).stem: json.loads(found) for path, found in written.items() if found}
@@ -110,9 +111,17 @@ def texts(revision: str, paths: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
+class _Numbers(yaml.CSafeLoader):
+    """Reads 1e-06 as a number, which DVC writes into dvc.lock, and YAML 1.1 takes for text without a point."""
+
+
+_Numbers.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 @functools.lru_cache(maxsize=8)  # of dvc.yaml, which is the same in most experiments
-def _yaml(text: str) -> Any:
-    return yaml.load(text, yaml.CSafeLoader)
+def parse(text: str) -> Any:
+    """YAML as DVC writes it."""
+    return yaml.load(text, _Numbers)
 
 
 def up_to_date(pipeline: Mapping[str, Any], lock: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ def stages(params: Mapping[str, Any]) -> dict[str, str]:
     Raises: ExternalError, when `dvc status` fails.
     """
     pipeline = yaml.safe_load(Path("dvc.yaml").read_text())
-    lock = yaml.safe_load(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else {}
+    lock = kept.parse(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else {}
     return reasons(pipeline, lock, params, status())
 
 
