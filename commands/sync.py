@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stages.lib import config, environment, files, tracking
 from stages.lib.experiments import kept
 from stages.lib.experiments.kept import Reader
@@ -118,9 +116,7 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
     from mlflow import MlflowClient
     from mlflow.entities import Metric, RunTag
 
-    pipeline, lock, params = (
-        yaml.load(read(path) or "{}", yaml.CSafeLoader) for path in ("dvc.yaml", "dvc.lock", "params.yaml")
-    )
+    pipeline, lock, params = (kept.parse(read(path) or "{}") for path in ("dvc.yaml", "dvc.lock", "params.yaml"))
     client = MlflowClient()
     run_id = tracking.run_of(name, experiment_id)
     run = client.get_run(run_id)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 from scipy.stats import norm
 
 from stages.lib import comparison, config, files, tracking
@@ -49,7 +48,7 @@ def parameters(one: Experiment, other: Experiment) -> dict[str, tuple[Any, Any]]
 def stages(one: Experiment, other: Experiment) -> list[Stage]:
     """Stages that both have up to date and whose outputs differ, in the order of the pipeline: the first explains."""
     shared = [name for name in one.stages if name in other.stages]
-    locks = [yaml.load(each.read("dvc.lock") or "{}", yaml.CSafeLoader)["stages"] for each in (one, other)]
+    locks = [kept.parse(each.read("dvc.lock") or "{}")["stages"] for each in (one, other)]
     made = {out["path"] for lock in locks for entry in lock.values() for out in entry.get("outs", [])}
     found = []
     for name in shared:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
 from stages.lib import cost, estimate, files, tracking
 from stages.lib.errors import ConfigError
 from stages.lib.estimate import Range
-from stages.lib.experiments import devices
+from stages.lib.experiments import devices, kept
 from stages.lib.experiments.devices import Device
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.lora import Lora, check_together
@@ -110,7 +109,7 @@ def data_of(params: Mapping[str, Any], *, rows: int | None = None, tokens: float
 
 def unchanged(params: Mapping[str, Any]) -> list[str]:
     """Of the sections that decide the tokens those that are what the last run had, by dvc.lock."""
-    lock = yaml.safe_load(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else {}
+    lock = kept.parse(Path("dvc.lock").read_text()) if Path("dvc.lock").exists() else {}
     stages = lock.get("stages", {})
     upstream = [name for name in (*tracking.upstream("tokenize_pack"), "tokenize_pack") if name in stages]
     recorded: dict[str, Any] = {}

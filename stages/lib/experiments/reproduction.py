@@ -499,7 +499,7 @@ def remove(folder: Path) -> None:
 
 def _lock(folder: Path) -> dict[str, Any]:
     path = folder / "dvc.lock"
-    return dict(yaml.safe_load(path.read_text())["stages"]) if path.exists() else {}
+    return dict(kept.parse(path.read_text())["stages"]) if path.exists() else {}
 
 
 def _git(*arguments: str) -> str:

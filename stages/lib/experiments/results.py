@@ -95,9 +95,7 @@ def alike(experiment: Experiment, experiments: Sequence[Experiment]) -> Setting:
 
 def _code(experiment: Experiment) -> dict[str, str]:
     """Hashes of the modules that trained and evaluated, from dvc.lock."""
-    import yaml
-
-    lock = yaml.load(experiment.read("dvc.lock") or "{}", yaml.CSafeLoader).get("stages", {})
+    lock = kept.parse(experiment.read("dvc.lock") or "{}").get("stages", {})
     deps = [dep for stage in ("qlora_train", "evaluate") for dep in lock.get(stage, {}).get("deps", [])]
     return {dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith("stages/")}
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,6 @@ from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
 
 Status = Literal["done", "failed", "killed", "pruned"]
-Watch = Callable[[], str | None]
-"""Looked at each second while a point runs: a reason to end it, or None."""
 
 POLL = 0.2  # seconds
 PATIENCE = 60  # seconds between asking a point to end and ending it
@@ -71,7 +69,6 @@ def run(
     *,
     source: Path | None = None,
     workers: int = 1,
-    watch: Watch | None = None,
     more: Sequence[str] = (),
 ) -> Outcome:
     """Run one point, wait for its end, and bring its experiment into the repository.
@@ -89,7 +86,7 @@ def run(
         collect(source)
         if point.name not in kept.references():
             live.forget(point.name)
-            asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers, watch)
+            asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers)
             collect(source)
     status: Status = "done"
     reason = ""
@@ -170,8 +167,8 @@ def unfinished(log: Path, chain: Sequence[str]) -> list[str]:
     return [name for name in chain if name not in named[:-1]]
 
 
-def _execute(words: list[str], source: Path, log: Path, claim: int, workers: int, watch: Watch | None) -> str | None:
-    """Run a command in the copy of the repository until it ends, or a reason to end it is found, which is returned.
+def _execute(words: list[str], source: Path, log: Path, claim: int, workers: int) -> str | None:
+    """Run a command in the copy of the repository until it ends; INTERRUPTED, where it was ended before.
 
     One start after the other: DVC keeps what it starts in one place until it has a folder of its own.
 
@@ -195,8 +192,8 @@ def _execute(words: list[str], source: Path, log: Path, claim: int, workers: int
                 if is_starting and STARTED in log.read_text(errors="replace"):
                     fcntl.flock(starting, fcntl.LOCK_UN)  # also of what DVC inherited
                     is_starting = False
-                if reason := INTERRUPTED if _ending.is_set() else watch() if watch else None:
-                    return reason
+                if _ending.is_set():
+                    return INTERRUPTED
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
         finally:
