@@ -27,7 +27,7 @@ def test_torch_comes_without_cuda_exactly_where_there_is_no_gpu(
     assert torch_options(has_gpu=has_gpu, links=links, has_cpu_build=bool(links)) == options
     command = uv_install(Path(".venv/bin/python"), options)
     assert command[:3] == [".venv/bin/uv", "pip", "install"]
-    wanted = "--requirements pyproject.toml --extra dev --extra ray --extra sbom --extra serve".split()
+    wanted = "--requirements pyproject.toml --extra dev --extra ray --extra search --extra sbom --extra serve".split()
     assert command[-12:] == ["--constraints", "requirements.lock", *wanted]
 
 
