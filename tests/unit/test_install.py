@@ -28,7 +28,7 @@ def test_torch_comes_without_cuda_exactly_where_there_is_no_gpu(
     command = uv_install(Path(".venv/bin/python"), options)
     assert command[:3] == [".venv/bin/uv", "pip", "install"]
     wanted = "--requirements pyproject.toml --extra dev --extra ray --extra search --extra sbom --extra serve".split()
-    assert command[-12:] == ["--constraints", "requirements.lock", *wanted]
+    assert command[-len(wanted) - 2 :] == ["--constraints", "requirements.lock", *wanted]
 
 
 def cpu_wheel(version: str = "2.13.0", python: str = "", machine: str = "") -> str:
