@@ -35,7 +35,7 @@ SETTINGS = (
 
 
 def ready(repository: Path, base: Path) -> Path:
-    """A repository in which the stages before have run: 42 packs, 11 steps an epoch."""
+    """A repository in which the stages before have run: 40 packs, 10 steps an epoch."""
     make_repo(repository)
     shutil.copytree(base, repository / "models/base")
     tokenizer = chat.load_tokenizer(base)
@@ -101,7 +101,7 @@ def test_killed_at_random_points_it_ends_with_the_bytes_of_an_uninterrupted_run(
 
     broken = ready(tmp_path / "broken", base)
     draw = random.Random(0)
-    for i, step in enumerate(sorted(draw.sample(range(1, 11 * epochs - 2), kills))):
+    for i, step in enumerate(sorted(draw.sample(range(1, 10 * epochs - 2), kills))):
         process = start(broken, f"runtime.threads={1 + i % 2}", *more)
         kill_after(process, broken, step, draw.uniform(0, 0.3))
         assert [run.info.status for run in runs_of(broken)] == ["RUNNING"]
