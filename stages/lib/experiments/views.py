@@ -14,7 +14,7 @@ from typing import Any
 QUALITY = "val/loss/tuned"
 """By which the table is sorted and the charts are coloured: what every training has, whatever the task."""
 
-SHOWN = (QUALITY, "val/loss", "train/loss", "adapter/trainable_parameters", "train/tokens_per_second")
+SHOWN = (QUALITY, "adapter/trainable_parameters")  # with more, the parameters leave a screen of 1600 pixels
 MAX_PARAMETERS = 6
 MAX_MEASURES = 3
 """Of the test set's: more columns than that no screen shows."""
