@@ -28,7 +28,7 @@ CURVES = {
 """Columns of plots/train.csv and the metrics they are in MLflow; it draws the first one a run gets before others."""
 
 SYNCED = "synced"
-"""The tag of a run that has everything of one commit: its value is the commit."""
+"""The tag of a run that has what could be had of one commit: the commit, then the md5 of what DVC's cache lacked."""
 
 
 def main() -> int:
@@ -48,8 +48,7 @@ def main() -> int:
     names, known = kept.references(), rows(experiment_id)
     fresh = {name: revision for name, (revision, _) in names.items() if not is_synced(known.get(name), revision)}
     for name, revision in fresh.items():
-        if bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision}):
-            mlflow.MlflowClient().set_tag(tracking.run_of(name, experiment_id), SYNCED, revision)
+        bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
     name = tracking.key(params)
     if name not in names and (name in known or tracking.ended(name)):
         bring_in(name, in_folder, experiment_id, {})
@@ -76,7 +75,9 @@ def rows(experiment_id: str) -> dict[str, Any]:
 
 
 def is_synced(run: Any | None, revision: str) -> bool:
-    return run is not None and run.data.tags.get(SYNCED) == revision
+    """Whether a run has what can be had of a commit: outputs that the cache lacked then, it lacks still."""
+    known, *lacking = run.data.tags.get(SYNCED, "").split() if run else [""]
+    return known == revision and not any(cached(md5) for md5 in lacking)
 
 
 def name_trainings(known: Mapping[str, Any]) -> int:
@@ -106,8 +107,8 @@ def in_folder(path: str) -> str | None:
     return Path(path).read_text() if Path(path).exists() else None
 
 
-def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> bool:
-    """Fill in what the experiment's MLflow run does not have yet; returns whether it has everything now.
+def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) -> None:
+    """Fill in what the experiment's MLflow run does not have yet.
 
     That is parameters, metrics and their files, points of curves, samples, the data's digest and hashes of outputs.
     What lay in an output comes from DVC's cache, and stays away where the cache has it no more. What MLflow did not
@@ -128,7 +129,7 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
         else {file.path for folder in (None, "metrics") for file in client.list_artifacts(run_id, folder)}
     )
     metrics: list[Metric] = []
-    lost = False
+    lacking: list[str] = []
     current = kept.up_to_date(pipeline, lock, params)
     hashes = {out["path"]: out["md5"] for stage in current for out in lock["stages"][stage].get("outs", [])}
     if "qlora_train" in current:
@@ -139,11 +140,11 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
         metrics += [point for point in points if (point.key, point.step) not in known]
         if "samples.json" not in attached:
             adapter = cached(hashes["models/adapter"])
-            lost |= not adapter
+            lacking += [] if adapter else [hashes["models/adapter"]]
             log_samples(run_id, adapter)
     if "dedup_split" in current and not run.inputs.dataset_inputs:
         splits = cached(hashes["data/splits"])
-        lost |= not splits
+        lacking += [] if splits else [hashes["data/splits"]]
         tracking.log_dataset(run_id, {file: path for file, path in splits.items() if file.endswith(".parquet")})
     held = set(run.data.metrics)
     for stage in current:
@@ -164,10 +165,11 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
         tags["dvc.cached"] = "true"
     for first in range(0, len(metrics), 1000):  # MLflow takes no more metrics at a time
         client.log_batch(run_id, metrics=metrics[first : first + 1000])
+    if "dvc.exp_rev" in tags:
+        tags[SYNCED] = " ".join([tags["dvc.exp_rev"], *lacking])
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     if "process" not in run.data.tags:
         client.set_terminated(run_id, ended.get("status", "FINISHED"))
-    return not lost
 
 
 def measured_here(name: str, stage: str) -> dict[str, float]:

@@ -152,6 +152,22 @@ def test_sync_brings_in_a_cached_experiment_and_what_a_hiccup_left_out(
         assert json.loads((attached / "samples.json").read_text())["data"] == [[2, "yes"]]
 
 
+def test_sync_looks_again_at_an_experiment_only_when_an_output_that_was_missing_is_back(
+    experiment: dict[str, str], tmp_path: Path
+) -> None:
+    store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    adapter = tmp_path / ".dvc/cache/files/md5/22/bb.dir"
+    adapter.rename(tmp_path / "away")
+    sync.bring_in("one", experiment.get, store, {"dvc.exp_rev": "c1"})
+    run = sync.rows(store)["one"]
+    assert sync.is_synced(run, "c1")
+    assert not sync.is_synced(run, "c2")
+    (tmp_path / "away").rename(adapter)
+    assert not sync.is_synced(run, "c1")
+    sync.bring_in("one", experiment.get, store, {"dvc.exp_rev": "c1"})
+    assert sync.is_synced(sync.rows(store)["one"], "c1")
+
+
 def test_sync_and_ui_use_the_store_that_the_stages_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text("runtime: {tracking_uri: 'http://chosen:1'}\n")
