@@ -76,8 +76,8 @@ def rows(experiment_id: str) -> dict[str, Any]:
 
 def is_synced(run: Any | None, revision: str) -> bool:
     """Whether a run has what can be had of a commit: outputs that the cache lacked then, it lacks still."""
-    known, *lacking = run.data.tags.get(SYNCED, "").split() if run else [""]
-    return known == revision and not any(cached(md5) for md5 in lacking)
+    synced = run.data.tags.get(SYNCED, "").split() if run else []
+    return synced[:1] == [revision] and not any(cached(md5) for md5 in synced[1:])
 
 
 def name_trainings(known: Mapping[str, Any]) -> int:

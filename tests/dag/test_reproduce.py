@@ -1,6 +1,7 @@
 """make reproduce, on the tiny pipeline: equal bytes from the remotes alone; each planted difference, with its cause."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,9 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 def test_an_experiment_comes_out_the_same_from_a_clone_elsewhere_with_only_git_and_dvc_remotes(
-    project: Path, tmp_path: Path
+    finished: Path, tmp_path: Path
 ) -> None:
+    project = Path(shutil.copytree(finished, tmp_path / "repo", symlinks=True))
     hub, store, elsewhere = (tmp_path / name for name in ("hub.git", "store", "some where/clone"))
     git(tmp_path, "init", "-q", "--bare", str(hub))
     git(project, "remote", "add", "shared", str(hub))

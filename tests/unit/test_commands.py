@@ -158,6 +158,8 @@ def test_sync_looks_again_at_an_experiment_only_when_an_output_that_was_missing_
     store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
     adapter = tmp_path / ".dvc/cache/files/md5/22/bb.dir"
     adapter.rename(tmp_path / "away")
+    tracking.run_of("one", store)  # as a stage does, before any sync
+    assert not sync.is_synced(sync.rows(store)["one"], "c1")
     sync.bring_in("one", experiment.get, store, {"dvc.exp_rev": "c1"})
     run = sync.rows(store)["one"]
     assert sync.is_synced(run, "c1")
