@@ -46,6 +46,7 @@ def test_a_killed_search_goes_on_and_a_pruned_trial_is_no_experiment_until_it_is
     log = project / "runs/sweeps/tiny"
     with subprocess.Popen(search, cwd=project, env=variables(project), stdout=subprocess.DEVNULL) as driver:
         while not any("step 20/" in path.read_text() for path in log.glob("*.log")):
+            assert driver.poll() is None, "the search ended before it was to be killed"
             time.sleep(0.2)
         driver.send_signal(signal.SIGKILL)
 
