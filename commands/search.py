@@ -38,9 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(asked: argparse.Namespace) -> int:
-    params = composed([f"sweep={asked.sweep}"])
-    p = points.sweep(params["sweep"])
-    state = points.state_of(params, p.target)
+    p = points.sweep(composed([f"sweep={asked.sweep}"])["sweep"])
+    state = points.state_of(composed(points.Point("", p.fixed).overrides()), p.target)
     for point in search.corners(p, state):
         composed([*point.overrides(), f"sweep.id={p.id}"])
     study = search.open_study(p, state, os.environ.get("OPTUNA_STORAGE"))

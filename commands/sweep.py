@@ -10,13 +10,14 @@ import functools
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import ConfigError, PipelineError
 from stages.lib.experiments import cluster, kept, points, running
+from stages.lib.schema.sweep import Sweep
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,15 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(asked: argparse.Namespace) -> int:
-    params = composed([f"sweep={asked.sweep}"])
-    p = points.sweep(params["sweep"])
+    p = points.sweep(composed([f"sweep={asked.sweep}"])["sweep"])
     if p.id is None:
         raise ConfigError(f"sweep.id: found null in conf/sweep/{asked.sweep}.yaml, expected a name for its experiments")
     if p.search is not None:
         raise ConfigError(
             f"sweep.search: found one in conf/sweep/{asked.sweep}.yaml, expected null: `make search` runs it"
         )
-    every = points.expand(p, state=points.state_of(params, p.target))
+    every = points.expand(p, state=state(p))
     known = kept.references()
     wanted = points.missing(every, known)
     print(f"sweep {p.id}: {len(every)} points, {len(every) - len(wanted)} there, {len(wanted)} to run", flush=True)
@@ -69,9 +69,6 @@ def sweep(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"sweep {p.id}: interrupted; the same command goes on", file=sys.stderr)
         return 1
-    sync.main()
-    # DVC remembers what it has read of an experiment: half a second each now, none when somebody asks
-    subprocess.run(["dvc", "exp", "show", "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     failed = [done for done in outcomes if done.status != "done"]
     lines = [
         f"  {' '.join(done.point.overrides())}\n    {done.status}: {done.reason}\n    {done.log}" for done in failed
@@ -81,7 +78,25 @@ def sweep(asked: argparse.Namespace) -> int:
             "\n".join([f"{len(failed)} points are missing; the same command runs these alone:", *lines]),
             file=sys.stderr,
         )
+    sync.main()
+    # DVC remembers what it has read of an experiment: half a second each now, none when somebody asks
+    subprocess.run(["dvc", "exp", "show", "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     return 1 if failed else 0
+
+
+def state(p: Sweep) -> Callable[[Mapping[str, Any]], str]:
+    """points.state_of for the values of a point, composed once for those that choose the same files."""
+
+    @functools.cache
+    def chosen(*overrides: str) -> str:
+        return points.state_of(composed(overrides), p.target)
+
+    def of_values(values: Mapping[str, Any]) -> str:
+        files = points.choosing(values)
+        common = {key: value for key, value in values.items() if key in p.fixed or key in files}
+        return chosen(*points.Point("", common).overrides())
+
+    return of_values
 
 
 def told(point: points.Point, known: Collection[str], last: Mapping[str, Any]) -> str:

@@ -58,22 +58,34 @@ def report(asked: argparse.Namespace) -> int:
     measures = results.measures(flat)
     chosen = results.choose(measures, asked.metric, flat)
     judged = [analysis.analyse(settings, tables, measure, p) for measure in [chosen, *_others(measures, chosen)]]
-    used = {each.name for setting in settings for each in setting.trainings.values()}
-    counts = counted(asked.sweep, experiments, evaluated, used)
+    used = [each for setting in settings for each in setting.trainings.values()]
+    counts = counted(asked.sweep, experiments, evaluated, {each.name for each in used})
+    notes = told_of(results.mixed(used))
     page = asked.out or running.folder(asked.sweep) / "report.html"
     model = evaluated[-1].params["base_model"]["id"].split("/")[-1]
     with files.replacing(page) as new:
-        new.write_text(sweep_page.render(judged, counts, sweep_id=asked.sweep, model=model), encoding="utf-8")
+        new.write_text(
+            sweep_page.render(judged, counts, sweep_id=asked.sweep, notes=notes, model=model), encoding="utf-8"
+        )
     planned_too = "" if counts.planned is None else f", {counts.planned} planned"
     print(
         f"sweep {asked.sweep}: {counts.analysed} of {counts.done} experiments in {len(settings)} settings{planned_too}"
     )
     print(sweep_page.headline(judged[0]))
-    print("\n".join(f"  {line}" for line in [*sweep_page.answers(judged[0]), *sweep_page.warnings(judged[0])]))
-    if counts.failures:
-        print(f"{len(counts.failures)} points failed or have not ended, the page lists them")
+    print("\n".join(f"  {line}" for line in [*sweep_page.answers(judged[0]), *sweep_page.warnings(judged[0]), *notes]))
+    if counts.absent:
+        print(
+            f"{len(counts.of('running'))} points run still, {len(counts.of('pruned'))} were pruned, "
+            f"{len(counts.failures)} failed or were left: the page lists them"
+        )
     print(f"sweep-report: {page}")
     return 0
+
+
+def told_of(mixed: Sequence[str]) -> list[str]:
+    """What a reader must know of trainings that are not of one state of code and data."""
+    few = ", ".join(mixed[:3]) + (f" and {len(mixed) - 3} more" if len(mixed) > 3 else "")
+    return [f"The trainings compared differ in more than their parameters: {few}."] if mixed else []
 
 
 def _others(measures: Sequence[Measure], chosen: Measure) -> list[Measure]:
@@ -99,7 +111,7 @@ def counted(
         analysed=len(used),
         superseded=sorted(names - used),
         unevaluated=sorted(set(done) - names),
-        failures=results.failures(done, logs, rows or {}),
+        absent=results.absent(done, running.at_work(sweep_id), running.outcomes(sweep_id), rows or {}, logs),
         planned=planned(sweep_id),
         in_mlflow=None if rows is None else len(set(done) & rows.keys()),
     )
@@ -114,7 +126,7 @@ def planned(sweep_id: str) -> int | None:
     except FAULTS:
         return None
     p = points.sweep(section)
-    return None if p.id != sweep_id or p.search else len({point.name for point in points.expand(p, state="")})
+    return None if p.id != sweep_id or p.search else len({point.name for point in points.expand(p, state=lambda _: "")})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stages.lib.errors import ConfigError, ExternalError
-from stages.lib.experiments import cluster
+from stages.lib.experiments import cluster, kept
 from stages.lib.experiments.cluster import Code, Share
 from tests.conftest import git
 
@@ -136,6 +136,21 @@ def test_a_node_that_cannot_reach_the_remote_says_so(
     (tmp_path / "remote.git").rename(tmp_path / "gone.git")
     with pytest.raises(ExternalError, match=r"fetch.*Expected a node that reaches .*remote\.git"), cluster.clone(code):
         pass
+
+
+def test_an_experiment_that_came_without_its_outputs_does_not_stay(
+    pushed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = git(pushed, "rev-parse", "HEAD").strip()
+    reference = f"refs/exps/{head[:2]}/{head[2:]}/one"
+    git(pushed, "update-ref", reference, "HEAD")  # dvc fetches it first
+    dvc = tmp_path / "bin/dvc"
+    dvc.parent.mkdir()
+    dvc.write_text(f"#!/bin/sh\n[ $2 = remove ] && git update-ref -d {reference}\n[ $2 != pull ]\n")
+    dvc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{dvc.parent}:/usr/bin:/bin")
+    assert not cluster.fetch("one")
+    assert kept.references() == {}
 
 
 def test_only_experiments_of_the_git_remote_count_as_there(pushed: Path) -> None:

@@ -15,7 +15,7 @@ from commands.deps import closure
 from commands.differences import differences
 from commands.sync import curve
 from stages.lib import tracking
-from stages.lib.experiments import kept
+from stages.lib.experiments import kept, running
 from stages.lib.experiments.kept import up_to_date
 from tests.conftest import ROOT
 
@@ -207,7 +207,13 @@ def test_clean_touches_nothing_while_a_queued_experiment_runs(
 
 def test_clean_frees_the_disk_when_the_queue_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_dvc(tmp_path, monkeypatch, "1a2b3c4 puny-otter 05:10 AM Success\n\nWorker status: 0 active, 0 idle")
+    copy, collected = Path("runs/sweeps/s/at-1"), list[Path]()
+    (copy / ".dvc/tmp").mkdir(parents=True)
+    (copy / ".dvc/tmp/start.json").write_text("{}")
+    monkeypatch.setattr(running, "collect", lambda folder: collected.append(folder.relative_to(tmp_path)))
     assert clean.main() == 0
+    assert collected == [copy]  # what a killed driver left there is not lost
+    assert not copy.exists()
     assert not Path(".dvc/tmp/exps/tmp1").exists()
     assert "gc" in asked.read_text()
 

@@ -1,10 +1,11 @@
-"""What the log of a point says about it."""
+"""What the log of a point says about it, and how its experiment comes into the repository."""
 
 from pathlib import Path
 
 import pytest
 
 from stages.lib.experiments import running
+from tests.conftest import git
 
 CHAIN = ["base_model", "prepare", "qlora_train", "evaluate"]
 FAILED = """Reproducing experiment 's-1'
@@ -66,3 +67,37 @@ def test_a_point_may_be_at_the_stage_its_log_names_last_or_at_those_it_does_not_
     (tmp_path / "log").write_text(said)
     assert running.unfinished(tmp_path / "log", CHAIN) == left
     assert running.unfinished(tmp_path / "none", CHAIN) == CHAIN
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a repository with two experiments that the repository does not have."""
+    root = tmp_path / "root"
+    git(tmp_path, "init", "-q", "-b", "main", str(root))
+    git(root, "commit", "-q", "--allow-empty", "-m", "first")
+    copy = root / "runs/sweeps/s/at-1"
+    git(tmp_path, "clone", "-q", "--shared", str(root), str(copy))
+    for name in ("s-1", "s-2"):
+        git(copy, "commit", "-q", "--allow-empty", "-m", name)
+        git(copy, "update-ref", f"refs/exps/ab/{'c' * 38}/{name}", "HEAD")
+    (copy / ".dvc/tmp").mkdir(parents=True)
+    (copy / ".dvc/tmp/start.json").write_text("{}")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    return copy
+
+
+def names(root: Path) -> list[str]:
+    return git(root, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps").split()
+
+
+def test_an_experiment_that_was_removed_does_not_come_back(copied: Path) -> None:
+    root = copied.parents[3]
+    running.collect(copied, "s-1")
+    assert names(root) == ["s-1", "s-2"]
+    git(root, "update-ref", "-d", f"refs/exps/ab/{'c' * 38}/s-1")
+    running.collect(copied, "s-2")
+    assert names(root) == ["s-2"]
+
+
+def test_the_copies_that_may_hold_what_a_killed_driver_left_are_known(copied: Path) -> None:
+    assert running.copies() == [copied]

@@ -1,6 +1,7 @@
 """make sweep-report on experiments whose truth is known: all layers matter, rank does not."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 
 from commands import sweep_report
 from stages.lib import config
-from stages.lib.experiments import results, sweep_page
-from stages.lib.experiments.results import Failure
+from stages.lib.experiments import kept, results, sweep_page
+from stages.lib.experiments.results import Absent
 from tests.evaluate_settings import settings
 from tests.kept_experiments import experiment, keep, predictions
 
@@ -98,13 +99,49 @@ def test_points_that_failed_are_listed_with_their_reason(root, monkeypatch) -> N
     assert "lora.r: found 0, expected a positive rank" in page
 
 
-def test_a_failure_is_what_was_begun_and_dvc_does_not_have() -> None:
-    rows = {"a": ("FINISHED", ""), "b": ("FAILED", "DataError: no rows"), "c": ("KILLED", "")}
-    assert results.failures(["a"], {"a": "done", "c": "last words", "d": "half"}, rows) == [
-        Failure("b", "FAILED", "DataError: no rows"),
-        Failure("c", "KILLED", "last words"),
-        Failure("d", "unfinished", "half"),
+def test_a_point_that_was_begun_and_dvc_does_not_have_runs_was_pruned_failed_or_was_left() -> None:
+    rows = {
+        "a": ("FINISHED", ""),
+        "b": ("FAILED", "DataError: no rows"),
+        "c": ("KILLED", ""),
+        "e": ("KILLED", "Pruned: stopped at step 5"),
+        "f": ("FINISHED", ""),  # between two stages
+        "g": ("FAILED", "of the attempt before"),
+    }
+    logs = {"a": "done", "c": "last words", "d": "half", "g": "step 3"}
+    assert results.absent(["a"], ["g"], [], rows, logs) == [
+        Absent("b", "failed", "DataError: no rows"),
+        Absent("c", "killed", "last words"),
+        Absent("d", "unfinished", "half"),
+        Absent("e", "pruned", "Pruned: stopped at step 5"),
+        Absent("f", "unfinished", ""),
+        Absent("g", "running", "step 3"),
     ]
+
+
+def test_a_point_that_failed_is_not_listed_once_its_values_came_out_under_other_code() -> None:
+    def outcome(name: str, status: str, r: int) -> dict[str, Any]:
+        return {"name": name, "status": status, "reason": "", "values": {"lora.r": r}}
+
+    ended = [outcome("old", "failed", 4), outcome("new", "done", 4), outcome("other", "failed", 8)]
+    ended += [outcome("gone", "done", 16)]
+    found = results.absent(["new"], [], ended, {"old": ("FAILED", "")}, {"old": "", "other": ""})
+    assert [(each.name, each.status) for each in found] == [("gone", "removed"), ("other", "failed")]
+
+
+def test_trainings_of_another_state_of_the_code_are_named(root, monkeypatch, capsys) -> None:
+    keep(monkeypatch, root, grid())
+
+    def lock(revision: str) -> str:
+        deps = [{"path": "stages/lib/packing.py", "md5": revision[-1]}, {"path": "data/packed", "md5": revision}]
+        stages = {"tokenize_pack": {"outs": [{"path": "data/packed"}]}, "qlora_train": {"deps": deps}}
+        return json.dumps({"stages": stages})
+
+    monkeypatch.setattr(kept, "at_revision", lambda revision: lambda path: lock(revision))
+    assert sweep_report.main(["grid"]) == 0
+    told = "differ in more than their parameters: stages/lib/packing.py."
+    assert told in capsys.readouterr().out
+    assert told in (root / REPORT).read_text()
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int, address: str) ->
     Raises: ConfigError, when a node could not get the code or the data from the remotes; ExternalError, when no cluster
         answers, or a node has other versions of the packages that decide the result.
     """
+    running.check(workers)
     code = committed()
     check_data(p.target)
     there = {name for name in on_remote() if name in {point.name for point in points}}
@@ -198,7 +199,10 @@ def check_data(target: str) -> None:
     shown = _run("dvc", "status", "--cloud", "--json", "--with-deps", target)
     states = json.loads(shown.stdout or "{}") if shown.returncode == 0 else None
     if states is None:
-        raise ConfigError(f"the DVC remote does not answer: {_last(shown)}")
+        raise ConfigError(
+            f"the DVC remote {configured['core']['remote']} of .dvc/config does not answer: {_last(shown)}. "
+            "Expected one that this machine and all nodes reach."
+        )
     new = [path for path, state in states.items() if state == "new"]
     if new:
         raise ConfigError(f"not on the DVC remote: {', '.join(new[:5])}. `dvc push`, so that the nodes have them.")
@@ -213,14 +217,16 @@ def on_remote() -> set[str]:
 def fetch(name: str) -> bool:
     """Bring an experiment here with what it made, from the git and DVC remotes; whether all of it came.
 
-    `dvc exp pull` itself calls it a success when outputs are missing: one that was pushed halfway would pass.
+    `dvc exp pull` itself calls it a success when outputs are missing: one that was pushed halfway would pass. Where it
+    fails, it may have brought the experiment without any. Neither stays here, where it would count as done.
     """
-    if _run("dvc", "exp", "pull", "-q", REMOTE, name).returncode != 0 or name not in kept.references():
+    is_pulled = _run("dvc", "exp", "pull", "-q", REMOTE, name).returncode == 0
+    if name not in kept.references():
         return False
     found = kept.find(name)
     made = found.outs.items() - kept.find(found.baseline).outs.items()
     committed = kept.texts(found.revision, [path for path, _ in made])  # metrics and plots
-    if all(stage.cached(md5) for path, md5 in made if committed[path] is None):
+    if is_pulled and all(stage.cached(md5) for path, md5 in made if committed[path] is None):
         return True
     _run("dvc", "exp", "remove", "-q", name)
     return False
@@ -268,7 +274,10 @@ def _worked(point: Point, order: Order, at_a_time: int) -> Outcome:
         _, baseline = kept.references()[name]
         done = _run("dvc", "exp", "push", "-q", "-f", REMOTE, f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}")
         if done.returncode != 0:
-            raise ExternalError(f"it was done, but could not be pushed: {_last(done)}")
+            raise ExternalError(
+                f"it was done, but could not be pushed to {REMOTE} and the DVC remote: {_last(done)}. "
+                "The same command pushes it once this node may write there."
+            )
     _run("dvc", "exp", "remove", "-q", name)
     return outcome
 

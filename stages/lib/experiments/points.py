@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,16 +41,22 @@ def sweep(section: Mapping[str, Any]) -> Sweep:
     return cast(Sweep, OmegaConf.to_object(merged))
 
 
-def expand(p: Sweep, *, state: str) -> list[Point]:
-    """Every point of a sweep, in the order they are run.
+def expand(p: Sweep, *, state: Callable[[Mapping[str, Any]], str]) -> list[Point]:
+    """Every point of a sweep, in the order they are run; of one with neither grid nor points, the one it fixes.
 
-    Args: state: see `state_of`.
+    Args: state: of the repository for the values of a point, see `state_of`.
     """
     keys = sorted(p.grid, key=lambda key: key != SLOWEST)  # stable: the order of the file, but for the seed
     combined = [dict(zip(keys, found, strict=True)) for found in itertools.product(*(p.grid[key] for key in keys))]
-    chosen = [*(combined if p.grid else []), *p.points]
+    chosen = [*(combined if p.grid or not p.points else []), *p.points]
     ordered = [{key: one[key] for key in sorted(one, key=lambda key: key == SLOWEST)} for one in chosen]
-    return [point(str(p.id), {**p.fixed, **values}, state) for values in ordered]
+    return [point(str(p.id), values, state(values)) for values in ({**p.fixed, **own} for own in ordered)]
+
+
+def choosing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a point's values that choose a file: of conf/ (lora=dora), or one that a stage reads (data.path)."""
+    named = re.findall(r"\$\{(.+?)\}", Path("dvc.yaml").read_text())
+    return {key: value for key, value in values.items() if key in named or Path("conf", key).is_dir()}
 
 
 def state_of(params: Mapping[str, Any], target: str) -> str:
@@ -58,6 +64,8 @@ def state_of(params: Mapping[str, Any], target: str) -> str:
 
     Of the stages up to the target: their commands, the sections of params.yaml they read, and the files they depend on
     that no stage makes. With it a point has the same name today and tomorrow, and another when any of that has changed.
+
+    Args: params: composed with what the points have in common, and with what each chooses (`choosing`).
     """
     stages = yaml.load(Path("dvc.yaml").read_text(), yaml.CSafeLoader)["stages"]
     names = [*tracking.upstream(target), target]

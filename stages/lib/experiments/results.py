@@ -4,7 +4,7 @@ experiments of one sweep.id  ->  settings {lora.r: 8, ...} with {seed: experimen
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from stages.lib import comparison, config, environment, files, tracking
 from stages.lib.bootstrap import Numbers
-from stages.lib.errors import ConfigError, DataError
+from stages.lib.errors import ConfigError, DataError, Pruned
 from stages.lib.experiments import kept
 from stages.lib.experiments.kept import Experiment
 from stages.lib.measures import SCORES
@@ -31,7 +31,7 @@ Scored = Mapping[tuple[str, str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """Equal parameters, data and base; trainings by seed. values: of all tracked parameters but the seed, flat."""
+    """Equal parameters; trainings by seed. values: of all tracked parameters but the seed, flat."""
 
     values: dict[str, Any]
     trainings: dict[int, Experiment]
@@ -199,8 +199,11 @@ def _seconds(experiment: Experiment) -> float | None:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A point that DVC has no experiment of. status: MLflow's, or `unfinished` where only its log is known."""
+class Absent:
+    """A point that was begun and that DVC has no experiment of.
+
+    status: running, pruned, failed or killed; removed, where DVC had one; unfinished, where only its log is known.
+    """
 
     name: str
     status: str
@@ -217,9 +220,16 @@ class Counts:
     analysed: int
     superseded: list[str]
     unevaluated: list[str]
-    failures: list[Failure]
+    absent: list[Absent]
     planned: int | None
     in_mlflow: int | None
+
+    def of(self, *statuses: str) -> list[Absent]:
+        return [each for each in self.absent if each.status in statuses]
+
+    @property
+    def failures(self) -> list[Absent]:
+        return [each for each in self.absent if each.status not in ("running", "pruned")]
 
 
 def of_sweep(sweep_id: str) -> list[Experiment]:
@@ -228,7 +238,7 @@ def of_sweep(sweep_id: str) -> list[Experiment]:
     Raises: ConfigError, naming the sweeps there are.
     """
     every = {each.name: each for each in kept.every()}
-    by_time = [every[name] for name in kept.references()]
+    by_time = [every[name] for name in kept.references() if name in every]  # a sweep that runs may add some meanwhile
     ids = {each.name: (each.params.get("sweep") or {}).get("id") for each in by_time}
     found = [each for each in by_time if ids[each.name] == sweep_id]
     if not found:
@@ -240,20 +250,48 @@ def of_sweep(sweep_id: str) -> list[Experiment]:
     return found
 
 
-def failures(done: Sequence[str], logs: Mapping[str, str], rows: Mapping[str, tuple[str, str]]) -> list[Failure]:
-    """Points that were begun and that DVC has no experiment of, by name.
+def absent(
+    done: Collection[str],
+    at_work: Collection[str],
+    ended: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, tuple[str, str]],
+    logs: Mapping[str, str],
+) -> list[Absent]:
+    """Points that were begun and that DVC has no experiment of, by name; without those whose values another one has.
 
-    Args: done: names of experiments. logs: last line of each point's log. rows: status and reason by name, of MLflow.
+    Args: done: names of experiments. at_work: of points that run here. ended: as `running.outcomes`. rows: status and
+        reason by name, of MLflow. logs: last line of each point's log.
     """
-    names = sorted((logs.keys() | rows.keys()) - set(done))
-    return [
-        Failure(
-            name,
-            rows[name][0] if name in rows else "unfinished",
-            (rows[name][1] if name in rows else "") or logs.get(name, ""),
-        )
-        for name in names
-    ]
+    outcomes = {each["name"]: each for each in ended}
+    repeated = [each["values"] for name, each in outcomes.items() if name in {*done, *at_work}]
+    outlived = {name for name, each in outcomes.items() if each["values"] in repeated}
+    found = []
+    for name in sorted({*at_work, *outcomes, *rows, *logs} - set(done)):
+        status, reason = rows.get(name, ("", ""))
+        if name in at_work:
+            found.append(Absent(name, "running", logs.get(name, "")))
+        elif name in outlived:
+            continue  # under other code or data it has another name
+        elif name in outcomes:
+            status, reason = outcomes[name]["status"], outcomes[name]["reason"]
+            found.append(Absent(name, "removed" if status == "done" else status, reason))
+        elif status in ("RUNNING", "FAILED", "KILLED"):
+            is_pruned = reason.startswith(f"{Pruned.__name__}: ")
+            found.append(Absent(name, "pruned" if is_pruned else status.lower(), reason or logs.get(name, "")))
+        else:
+            found.append(Absent(name, "unfinished", logs.get(name, "")))
+    return found
+
+
+def mixed(experiments: Sequence[Experiment]) -> list[str]:
+    """Files that no stage makes and that experiments depend on with different contents: code, data, packages."""
+    seen: dict[str, set[str]] = {}
+    for experiment in experiments:
+        stages = kept.parse(experiment.read("dvc.lock") or "{}").get("stages", {}).values()
+        made = {out["path"] for stage in stages for out in stage.get("outs", [])}
+        for dep in (dep for stage in stages for dep in stage.get("deps", []) if dep["path"] not in made):
+            seen.setdefault(dep["path"], set()).add(dep["md5"])
+    return sorted(path for path, contents in seen.items() if len(contents) > 1)
 
 
 def mlflow_rows(sweep_id: str, uri: str) -> dict[str, tuple[str, str]] | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stages.lib import environment, files, leases, live, stage, tracking
-from stages.lib.errors import DataError, ExternalError
+from stages.lib.errors import ConfigError, DataError, ExternalError
 from stages.lib.experiments import kept
 from stages.lib.experiments.points import Point, signatures
 from stages.lib.schema.sweep import Sweep
@@ -83,11 +83,11 @@ def run(
     log = place / f"{point.name}.log"
     asked = None
     with _locked(place / f"{point.name}.lock", interruptible=True) as claim:
-        collect(source)
+        collect(source, point.name)
         if point.name not in kept.references():
             live.forget(point.name)
             asked = _execute(command(point, sweep_id, target, more), source, log, claim, workers)
-            collect(source)
+            collect(source, point.name)
     status: Status = "done"
     reason = ""
     if point.name not in kept.references():
@@ -139,6 +139,7 @@ def run_all(points: Sequence[Point], p: Sweep, *, workers: int) -> Iterator[Outc
 @contextlib.contextmanager
 def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads to run points in. Whoever leaves it by an exception ends the points that run."""
+    check(workers)
     try:
         with ThreadPoolExecutor(workers) as threads:
             try:
@@ -148,6 +149,12 @@ def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
                 raise
     finally:
         _ending.clear()
+
+
+def check(workers: int) -> None:
+    """Raises: ConfigError, when no point is to run at a time."""
+    if workers < 1:
+        raise ConfigError(f"J (--workers): found {workers}, expected 1 or more points at a time")
 
 
 def start(threads: ThreadPoolExecutor, point: Point, p: Sweep, *, source: Path, workers: int) -> Future[Outcome]:
@@ -259,7 +266,7 @@ def start_folder(sweep_id: str) -> Path:
     DVC's cache is the repository's own.
     """
     root = environment.root()
-    if pointers := _git(root, "ls-files", "*.dvc").splitlines():
+    if pointers := [name for name in _git(root, "ls-files", "-z", "*.dvc").split("\0") if name]:
         _check_data(root, pointers)
     head = _git(root, "rev-parse", "HEAD")
     edits = _git(root, "stash", "create")
@@ -287,11 +294,13 @@ def start_folder(sweep_id: str) -> Path:
 def _check_data(root: Path, pointers: Sequence[str]) -> None:
     """Refuse data that changed since `dvc add`: the points would run on what was added.
 
-    Raises: DataError, naming the files.
+    Raises: DataError, naming the files; ExternalError, when DVC cannot tell.
     """
     shown = subprocess.run(
         ["dvc", "status", "--json", *pointers], cwd=root, capture_output=True, text=True, check=False
     )
+    if shown.returncode:
+        raise ExternalError(f"dvc status {' '.join(pointers)}: {shown.stderr.strip()[-400:]}")
     if changed := [name for name in json.loads(shown.stdout or "{}") if (root / name.removesuffix(".dvc")).exists()]:
         added = " ".join(name.removesuffix(".dvc") for name in changed)
         raise DataError(f"{added}: changed since it was added, expected what its .dvc file names. `dvc add {added}`")
@@ -309,23 +318,38 @@ def restore(clone: Path) -> None:
         _git(clone, "stash", "apply", "--quiet", start["edits"])
 
 
-def collect(clone: Path) -> None:
-    """Bring the experiments that ended in a copy into the repository, under the same names."""
-    there = _git(clone, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    known = set(_git(environment.root(), "for-each-ref", "--format=%(refname)", "refs/exps").split())
-    new = [f"{ref}:{ref}" for ref in there if ref.count("/") == 4 and ref not in known]
-    if new:
-        options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
-        with _locked(clone.parent / "collecting"):
+def collect(clone: Path, name: str | None = None) -> None:
+    """Bring the experiments that ended in a copy into the repository, under the same names.
+
+    Args: name: one that nothing runs at the moment. Its experiment leaves the copy, so that it does not come back when
+        the user removes it.
+    """
+    with _locked(clone.parent / "collecting"):
+        there = [ref for ref in _experiments(clone) if ref.count("/") == 4]
+        known = set(_experiments(environment.root()))
+        if new := [f"{ref}:{ref}" for ref in there if ref not in known]:
+            options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
             _git(environment.root(), "fetch", *options, str(clone), *new)
+        for ref in there:
+            if ref.split("/")[4] == name:
+                _git(clone, "update-ref", "-d", ref)
 
 
-def at_work() -> list[str]:
-    """Names of the points that run at the moment, of whichever sweep and driver."""
+def _experiments(place: Path) -> list[str]:
+    return _git(place, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+
+
+def copies() -> list[Path]:
+    """Those of `start_folder`, of all sweeps."""
+    return [made.parents[2] for made in sorted(folder("").glob("*/at-*/.dvc/tmp/start.json"))]
+
+
+def at_work(sweep_id: str = "*") -> list[str]:
+    """Names of the points that run at the moment, of whichever driver; of all sweeps, if none is named."""
     found = []
-    for path in sorted(folder("").glob("*/*.lock")):
+    for path in sorted(folder("").glob(f"{sweep_id}/*.lock")):
         with path.open("a") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
             continue
         found.append(path.stem)
     return found

@@ -23,20 +23,20 @@ SHARED = "mlflow.sharedViewState."
 
 
 def varied(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """The parameters that are not the same in all runs, by how few values they take: seeds and choices first."""
+    """The parameters that are not the same in all runs that have them, by how few values they take: choices first."""
     names = {name for row in rows for name in row if name.partition(".")[0] not in ("runtime", "sweep")}
-    values = {name: {row.get(name) for row in rows} for name in sorted(names)}
+    values = {name: {row[name] for row in rows if name in row} for name in sorted(names)}
     return sorted((name for name in values if len(values[name]) > 1), key=lambda name: (len(values[name]), name))
 
 
 def numeric(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Those of some parameters whose values are all numbers: a contour has no place for words."""
-    return [name for name in names if all(_is_number(row.get(name)) for row in rows)]
+    return [name for name in names if all(_is_number(row[name]) for row in rows if name in row)]
 
 
-def _is_number(value: str | None) -> bool:
+def _is_number(value: str) -> bool:
     try:
-        float(value or "")
+        float(value)
     except ValueError:
         return False
     return True
