@@ -122,6 +122,7 @@ def test_a_point_is_another_when_a_file_it_chooses_has_changed(tmp_path: Path, m
     for name in ("dvc.yaml", "params.yaml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/benchmarks").mkdir(parents=True)
     rows, dora = tmp_path / "rows.jsonl", tmp_path / "conf/lora/dora.yaml"
     rows.write_text("{}\n")
     p = sweep(fixed={"data": "local", "data.path": str(rows)})
