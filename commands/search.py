@@ -51,9 +51,17 @@ def run(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"search {p.id}: interrupted; the same command goes on", file=sys.stderr)
         return 1
+    failed = search.reasons(study)
+    if failed:
+        print(
+            "\n  ".join(
+                [f"{len(failed)} trials failed; with ARGS=--retry the same command tries these again:", *failed]
+            ),
+            file=sys.stderr,
+        )
     sync.main()
     print(f"search {p.id}: {search.summary(study, p)}")
-    return 1 if search.failed(study) else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -152,11 +152,23 @@ def test_three_failures_in_a_row_end_a_search_and_retry_tries_their_points_again
     p, dvc.fails = sweep(), True
     assert [each.outcome.reason for each in ended(p)] == ["out of memory"] * 3
     assert search.failed(study(p)) == [0, 1, 2]
+    assert [line.split(": ")[1] for line in search.reasons(study(p))] == ["out of memory"] * 3
     dvc.fails = False
     again = ended(p, retry=True)
     assert [each.outcome.point for each in again[:3]] == dvc.ran[:3]
     assert len(again) == 6
     assert search.failed(study(p)) == []
+
+
+def test_points_that_are_added_to_a_search_are_tried_too_and_none_twice(dvc: Dvc) -> None:
+    one, two = ({"train.learning_rate": rate} for rate in (0.0002, 0.0004))
+    ended(dataclasses.replace(sweep(trials=2), points=[one]))
+    both = dataclasses.replace(sweep(trials=4), points=[one, two])
+    ended(both)
+    queued = [
+        trial.system_attrs["fixed_params"] for trial in study(both).trials if "fixed_params" in trial.system_attrs
+    ]
+    assert queued == [one, two]
 
 
 def test_points_are_tried_first_and_choices_may_be_lists(dvc: Dvc) -> None:

@@ -163,9 +163,8 @@ def open_study(p: Sweep, state: str, url: str | None = None) -> optuna.Study:
             direction=s.direction.value,
             load_if_exists=True,
         )
-        if not study.trials:
-            for values in p.points:
-                study.enqueue_trial({key: _told(value) for key, value in values.items()})
+        for values in p.points:
+            study.enqueue_trial({key: _told(value) for key, value in values.items()}, skip_if_exists=True)
     return study
 
 
@@ -363,3 +362,9 @@ def failed(study: optuna.Study) -> list[int]:
     trials = study.get_trials(deepcopy=False)
     again = {trial.user_attrs.get(RETRY) for trial in trials}
     return [trial.number for trial in trials if trial.state is TrialState.FAIL and trial.number not in again]
+
+
+def reasons(study: optuna.Study) -> list[str]:
+    """Why the trials of `failed` did, a line each."""
+    found = ((number, study.trials[number].user_attrs) for number in failed(study))
+    return [f"trial {number} {told.get('experiment', '')}: {told.get('reason', '')}" for number, told in found]
