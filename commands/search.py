@@ -8,13 +8,12 @@ Exit 0: every trial is complete or was pruned; 1: some failed, listed with their
 
 import argparse
 import os
-import signal
 import sys
 
 from commands import sync
 from commands.params import FAULTS, composed
 from stages.lib.errors import PipelineError
-from stages.lib.experiments import points, search
+from stages.lib.experiments import points, running, search
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +43,7 @@ def run(asked: argparse.Namespace) -> int:
         composed([*point.overrides(), f"sweep.id={p.id}"])
     study = search.open_study(p, state, os.environ.get("OPTUNA_STORAGE"))
     print(f"search {p.id}: {search.summary(study, p)}", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    running.end_on_signals()
     try:
         for ended in search.run(study, p, state, workers=asked.workers, retry=asked.retry, lost_host=asked.lost_host):
             print(ended, flush=True)

@@ -7,7 +7,6 @@ Exit 0: every point is there; 1: some failed, listed with their reason; 2: the s
 
 import argparse
 import functools
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -59,7 +58,7 @@ def sweep(asked: argparse.Namespace) -> int:
         return 1 if wanted else 0
     for point in points.covering(wanted):
         composed([*point.overrides(), f"sweep.id={p.id}"])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    running.end_on_signals()
     run_all = functools.partial(cluster.run_all, address=asked.ray) if asked.ray else running.run_all
     outcomes = []
     try:

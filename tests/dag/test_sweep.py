@@ -77,6 +77,7 @@ def driver(folder: Path, points: str) -> "subprocess.Popen[bytes]":
 from stages.lib.experiments import running
 from stages.lib.experiments.points import Point
 from stages.lib.schema.sweep import Sweep
+running.end_on_signals()
 p = Sweep("s", "work", {{}}, {{}}, [], None)
 for done in running.run_all([{points}], p, workers=2):
     print(done.point.name, done.status)

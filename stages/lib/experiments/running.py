@@ -151,6 +151,15 @@ def pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         _ending.clear()
 
 
+def end_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM end what runs here, and the points with it.
+
+    A shell starts what it puts in the background with SIGINT ignored, and DVC would inherit that.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def check(workers: int) -> None:
     """Raises: ConfigError, when no point is to run at a time."""
     if workers < 1:
