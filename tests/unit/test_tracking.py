@@ -101,7 +101,7 @@ def test_four_stages_started_at_once_on_a_missing_store_share_one_run(folder: Pa
     (folder / "mlflow.db").unlink()
     bodies = [f'tracking.report("s{i}", {{"rows/train": {i}}})' for i in range(4)]
     started = [start(folder, f"s{i}", body, DVC_EXP_NAME="puny-otter") for i, body in enumerate(bodies)]
-    assert [process.wait(60) for process in started] == [0, 0, 0, 0]
+    assert [process.wait(240) for process in started] == [0, 0, 0, 0]
     (run,) = runs(folder)
     assert run.data.tags["dvc.exp_name"] == "puny-otter"
     assert run.data.params["seed"] == "3"
