@@ -56,9 +56,9 @@ class Difference:
 @dataclass
 class Reproduction:
     """What came of it. stages: that were run; restored: those that could not be, and why; failed: the one it ended at,
-    and why; environment: what differs of it; first: what no number of threads undoes, or what the recorded one did;
-    threads: that number; metrics: `stage/key` -> recorded and found, where they differ; figures: predictions compared,
-    where the first difference acts on them.
+    and why; environment: what differs of it; first: the first difference that remains, or, where none does, the last
+    that a stage lost on the recorded number of threads; threads: that number, then; metrics: `stage/key` -> recorded
+    and found, where they differ; figures: predictions compared, where the first difference acts on them.
     """
 
     folder: Path
