@@ -41,12 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"reproduce: {fault}", file=sys.stderr)
         return 2
     print("\n".join(reproduction.report(found)))
-    if found.first is None and not asked.keep:
+    if found.first is None and not found.failed and not asked.keep:
         reproduction.remove(folder)
     else:
         print(f"to look at: {folder}, {reproduction.log(folder)}")
-    is_exact = found.first is None or found.threads is not None
-    return 0 if is_exact or (not asked.exact and found.verdict() == "reproduced within noise") else 1
+    return 0 if found.is_exact() or (not asked.exact and found.verdict() == "reproduced within noise") else 1
 
 
 if __name__ == "__main__":

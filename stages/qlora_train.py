@@ -53,7 +53,7 @@ def train(given: Mapping[str, Any], points: Path) -> "Trained":
     resolved = numerics.resolve(p.numerics)
     skeleton = estimate.skeleton(base)
     memory = estimate.check(skeleton, p.lora, p.train, p.numerics, packs)
-    foreseen = cost.foresee(skeleton, p.lora, p.train, memory, packs, validation, resolved)
+    expected = cost.expect(skeleton, p.lora, p.train, memory, packs, validation, resolved)
     tokenizer = chat.load_tokenizer(base)
     model = models.load_base(base, p.numerics)
     numerics.seed_everything(p.seed, p.numerics)  # before the adapter is drawn, not when the trainer starts
@@ -71,7 +71,7 @@ def train(given: Mapping[str, Any], points: Path) -> "Trained":
     )
     values = adapters.whole(model)
     if launching.is_first():
-        trained.measured |= foreseen.beside(trained.measured)
+        trained.measured |= expected.beside(trained.measured)
         with files.replacing(Path("models/adapter")) as folder:
             adapters.save(model, folder, values)
             described = adapters.describe(model, p.lora, resolved) | {"ended": trained.ended}

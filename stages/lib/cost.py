@@ -116,8 +116,16 @@ def seconds(
     return Range(*(operations / (limit * share) for share in (high, expected, low)))
 
 
+def limit_here(model: PreTrainedModel, resolved: numerics.Resolved, tokens: int) -> float:
+    """Operations a second that bare products reach on this machine, measured for about a second.
+
+    Args: model: without weights. tokens: of a batch.
+    """
+    return 1e9 * products.gflop_per_second(model, resolved, tokens, rounds=3, calls=3)
+
+
 @dataclass(frozen=True)
-class Foreseen:
+class Expected:
     """What was expected of a training before it began: bytes, and seconds."""
 
     memory: Range
@@ -146,7 +154,7 @@ class Foreseen:
         return found
 
 
-def foresee(
+def expect(
     model: PreTrainedModel,
     lora: Lora,
     p: Train,
@@ -154,14 +162,14 @@ def foresee(
     packs: Sequence[packing.Pack],
     validation: Sequence[packing.Pack],
     resolved: numerics.Resolved,
-) -> Foreseen:
-    """Time on this machine, whose bare products are measured for about a second.
+) -> Expected:
+    """Memory as it was estimated, and time on this machine.
 
     Args: model: without weights.
     """
     train = Tokens.of(packs)
     tokens = max(1, round(p.batch_size * train.tokens / train.packs))
-    limit = 1e9 * products.gflop_per_second(model, resolved, tokens, rounds=3, calls=3)
+    limit = limit_here(model, resolved, tokens)
     spent = seconds(model, lora, p, train, Tokens.of(validation), device=resolved.device, limit=limit)
     is_gpu = resolved.device == "cuda"  # where the peak that is measured is that of tensors
-    return Foreseen(memory.of_tensors() if is_gpu else memory.total(), spent, limit)
+    return Expected(memory.of_tensors() if is_gpu else memory.total(), spent, limit)

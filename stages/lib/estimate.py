@@ -55,7 +55,7 @@ COPIES = 3
 
 @dataclass(frozen=True)
 class Range:
-    """Bytes: surely, probably, and at the worst."""
+    """Bytes, or seconds: at the best, probably, and at the worst."""
 
     low: float
     expected: float
@@ -64,11 +64,12 @@ class Range:
     def __add__(self, other: "Range") -> "Range":
         return Range(self.low + other.low, self.expected + other.expected, self.high + other.high)
 
-    def __str__(self) -> str:
-        return f"{self.expected / GIB:.2f} GiB ({self.low / GIB:.2f} to {self.high / GIB:.2f})"
-
 
 ZERO = Range(0, 0, 0)
+
+
+def in_gib(size: Range) -> str:
+    return f"{size.expected / GIB:.2f} GiB ({size.low / GIB:.2f} to {size.high / GIB:.2f})"
 
 
 def exactly(size: float) -> Range:
@@ -126,13 +127,13 @@ def check(model: PreTrainedModel, lora: Lora, train: Train, n: Numerics, packs: 
     has, where = machine_memory(resolved.device)
     total = found.total()
     if total.expected > has:
-        listed = "".join(f"\n  {name:<12} {size}" for name, size in found.parts().items() if size.high)
+        listed = "".join(f"\n  {name:<12} {in_gib(size)}" for name, size in found.parts().items() if size.high)
         raise ConfigError(
-            f"memory: found an estimated {total} for this configuration, expected at most the {has / GIB:.2f} GiB "
-            f"of {where}:{listed}\n{_advice(model, lora, train, n, resolved, packs, room)}"
+            f"memory: found an estimated {in_gib(total)} for this configuration, expected at most the "
+            f"{has / GIB:.2f} GiB of {where}:{listed}\n{_advice(model, lora, train, n, resolved, packs, room)}"
         )
     if total.high > has:
-        log.warning("memory: estimated %s, of %.2f GiB of %s; it may not be enough", total, has / GIB, where)
+        log.warning("memory: estimated %s, of %.2f GiB of %s; it may not be enough", in_gib(total), has / GIB, where)
     return found
 
 

@@ -23,7 +23,8 @@ TASK = Task("t", rows=200, available=200, measure="field_f1", base=0.1, fewshot=
         ({"rows": 5000, "base": 0.9}, "prompt", "scores 0.90 as it is"),
         ({"rows": 5000, "fewshot": 0.95}, "prompt", "with examples it scores 0.95"),
         ({"gain": (0.1, 0.3)}, "fine-tune", "measured: tuned less the base with examples +0.10 to +0.30"),
-        ({"gain": (-0.1, 0.3)}, "prompt", "no gain shown"),
+        ({"rows": 5000, "gain": (-0.3, -0.1)}, "prompt", "measured: tuned less the base with examples -0.30 to -0.10"),
+        ({"gain": (-0.1, 0.3)}, "prompt", "500 are wanted to fine-tune"),
         ({"rows": 500, "gain": (-0.1, 0.3)}, "fine-tune", "500 teach format and style"),
         ({"measure": None, "base": None, "fewshot": None}, "prompt", "500 are wanted"),
     ],
@@ -33,6 +34,12 @@ def test_the_first_rule_that_applies_decides(changes: dict[str, object], do: str
     found = advice.advise(replace(TASK, **changes))
     assert found.do == do
     assert reason in found.reasons[0]
+
+
+@pytest.mark.parametrize("rows", [200, 500])
+def test_a_measurement_that_does_not_decide_is_said(rows: int) -> None:
+    reasons = advice.advise(replace(TASK, rows=rows, gain=(-0.1, 0.3))).reasons
+    assert "measured: tuned less the base with examples -0.10 to +0.30 field_f1: no gain shown" in reasons
 
 
 def test_rows_that_are_there_but_capped_are_named() -> None:

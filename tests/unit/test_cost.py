@@ -79,14 +79,14 @@ def test_labels_of_packs_are_counted() -> None:
 
 
 def test_an_estimate_is_set_beside_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    foreseen = cost.Foreseen(Range(1, 90 * 2**20, 1e9), Range(1, 60, 100), 3e11)
+    expected = cost.Expected(Range(1, 90 * 2**20, 1e9), Range(1, 60, 100), 3e11)
     measured = {"train/peak_memory_mib": 100, "train/seconds": 50.0, "train/steps_in_full": 1}
-    found = foreseen.beside(measured)
+    found = expected.beside(measured)
     assert (found["estimate/memory_error"], found["estimate/seconds_error"]) == (-0.1, 0.2)
     assert "estimated 60 s, measured 50 s (+20%)" in capsys.readouterr().out
 
 
 def test_the_time_of_a_training_that_went_on_from_another_is_not_compared() -> None:
-    foreseen = cost.Foreseen(Range(1, 90 * 2**20, 1e9), Range(1, 60, 100), 3e11)
-    found = foreseen.beside({"train/peak_memory_mib": 100, "train/seconds": 5.0, "train/steps_in_full": 0})
+    expected = cost.Expected(Range(1, 90 * 2**20, 1e9), Range(1, 60, 100), 3e11)
+    found = expected.beside({"train/peak_memory_mib": 100, "train/seconds": 5.0, "train/steps_in_full": 0})
     assert "estimate/seconds_error" not in found

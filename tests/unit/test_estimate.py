@@ -128,7 +128,8 @@ def test_more_memory_than_the_machine_has_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(estimate, "machine_memory", lambda device: (2**20, "physical memory"))
     with pytest.raises(
-        ConfigError, match=r"estimated .* of physical memory(.|\n)*activations(.|\n)*train.batch_size=1"
+        ConfigError,
+        match=r"estimated [\d.]+ GiB .* of physical(.|\n)*activations +[\d.]+ GiB(.|\n)*train.batch_size=1",
     ):
         started(tiny_model_dir, monkeypatch, tmp_path)
 

@@ -17,6 +17,10 @@ PACKED = {
     "train/packs": 10, "train/tokens/in": 4000, "train/tokens/trained": 1000, "train/rows/packed": 40,
     "validation/packs": 1, "validation/tokens/in": 400, "validation/tokens/trained": 100,
 }  # fmt: skip
+SPLIT = {
+    "rows/in": 1000, "rows/train/a": 40, "split/share/train": 0.8,
+    "duplicates/exact": 100, "duplicates/near": 0, "duplicates/semantic": 0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,8 @@ def recorded(params: dict[str, Any], in_tmp: Path) -> None:
                                ("dedup_split", ("dedup", "split")), ("tokenize_pack", ("pack",)))
     }  # fmt: skip
     (in_tmp / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
-    files.write_json(in_tmp / "metrics/tokenize_pack.json", PACKED)
+    for stage, metrics in (("prepare", {"rows/out/a": 1000}), ("dedup_split", SPLIT), ("tokenize_pack", PACKED)):
+        files.write_json(in_tmp / f"metrics/{stage}.json", metrics)
 
 
 @pytest.mark.usefixtures("recorded")
@@ -51,6 +56,26 @@ def test_tokens_of_other_data_are_assumed_and_it_says_how(params: dict[str, Any]
     assert (found.train.tokens, found.train.labelled) == (200 * 100, 200 * 25)
     assert found.known_by.startswith("split is not what was packed last; taken to be 200 rows of 100 tokens, 25%")
     assert foreseeing.data_of(params, rows=1000, tokens=50).train.tokens == 50_000
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"pack": {"max_tokens": 64}}, 40),  # rows are what they were; the default caps are of other tasks
+        ({"dedup": {}}, 720),  # 1000 valid ones, 10% of them duplicates, 80% of these in train
+        ({"split": {"max_rows": {"train": {"b": 200}}}}, 720),
+        ({"split": {"max_rows": {"train": {"a": 200, "b": 200}}}}, 200),
+        ({"split": {"max_rows": {"train": {"a": 9000}}}}, 720),
+        ({"data": {"fraction": 0.5}, "split": {"max_rows": {}}}, 360),
+        ({"data": {"fraction": 1.0}, "split": {"max_rows": {"train": {"a": 100, "b": 200}}}}, 300),
+    ],
+    ids=str,
+)
+def test_rows_of_other_data_are_those_that_the_last_run_had_by_task_as_far_as_the_caps_let_them(
+    params: dict[str, Any], changes: dict[str, Any], rows: int
+) -> None:
+    assert f"taken to be {rows} rows" in foreseeing.data_of(params | changes).known_by
 
 
 def test_without_any_packed_data_it_says_what_to_type(params: dict[str, Any], in_tmp: Path) -> None:

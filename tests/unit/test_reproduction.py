@@ -100,6 +100,99 @@ def test_the_verdict_follows_from_hashes_causes_and_figures(
     assert found.verdict() == verdict
 
 
+STAGES = ("tokenize_pack", "qlora_train", "evaluate", "merge")
+
+
+def repeated(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    kind: str,
+    otherwise: tuple[str, ...] = (),
+    on_threads: tuple[str, ...] = (),
+    failing: tuple[str, ...] = (),
+) -> Reproduction:
+    """An experiment run again on a machine that differs in one kind, by stages that only write a dvc.lock.
+
+    Args: otherwise: the stages that give other bytes here. on_threads: those that do until run on the recorded threads.
+    """
+    recorded = {name: {"cmd": name, "outs": [{"path": name, "md5": "1"}]} for name in STAGES}
+
+    def clone(experiment: Experiment, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": recorded}))
+        (folder / "params.yaml").write_text(PARAMS)
+
+    def run(folder: Path, name: str, threads: str | None = None) -> str:
+        if name in failing:
+            return "no room"
+        (folder / reproduction.PREDICTIONS).parent.mkdir(parents=True, exist_ok=True)
+        (folder / reproduction.PREDICTIONS).touch()
+        is_other = name in otherwise or (name in on_threads and threads is None)
+        entry = {"cmd": name, "outs": [{"path": name, "md5": "2" if is_other else "1"}]}
+        lock = reproduction._lock(folder) | {name: entry}
+        (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": lock}))
+        files.write_json(folder / f"metrics/{name}.json", {"loss": 2.0 if is_other else 1.0})
+        return ""
+
+    recorded_on, here = ({"threads": {"threads": "1"}} | {kind: {kind: n}} for n in ("1", "2"))
+    for name, replacement in (
+        ("clone", clone),
+        ("run", run),
+        ("bring_data", lambda folder: None),
+        ("described", lambda name: dict.fromkeys(STAGES, recorded_on)),
+        ("_described", lambda runs, name: here),
+        ("figures", lambda experiment, folder, recorded: [EQUAL]),
+    ):
+        monkeypatch.setattr(reproduction, name, replacement)
+    params = {"data": {"source": "file", "sources": {}}}
+    experiment = Experiment("ours", "0", "0", params, STAGES, {name: {"loss": 1.0} for name in STAGES}, {})
+    return reproduction.reproduce(experiment, tmp_path / "again", say=lambda line: None)
+
+
+def test_a_stage_that_fails_after_others_differed_within_noise_is_no_reproduction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = repeated(tmp_path, monkeypatch, kind="hardware", otherwise=("qlora_train", "evaluate"), failing=("merge",))
+    assert found.verdict() == "not reproduced: merge failed"
+    assert reproduction.report(found)[-2] == "merge failed: no room"
+    assert not found.is_exact()
+
+
+def test_a_stage_that_fails_after_equal_ones_is_no_reproduction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = repeated(tmp_path, monkeypatch, kind="hardware", failing=("evaluate",))
+    assert (found.first, found.verdict(), found.is_exact()) == (None, "not reproduced: evaluate failed", False)
+
+
+@pytest.mark.parametrize("later", ["evaluate", "merge"])
+def test_recorded_threads_that_bring_back_one_stage_say_nothing_of_a_later_one_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    found = repeated(tmp_path, monkeypatch, kind="threads", on_threads=("qlora_train",))
+    assert found.verdict() == "reproduced bit for bit with the recorded threads (1)"
+    assert (found.is_exact(), found.metrics) == (True, {})
+    shutil.rmtree(tmp_path / "again")
+    found = repeated(tmp_path, monkeypatch, kind="threads", on_threads=("qlora_train",), otherwise=(later,))
+    assert found.first is not None
+    assert (found.first.stage, found.threads, found.is_exact()) == (later, None, False)
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "verdict"),
+    [
+        (("qlora_train", "evaluate", "merge"), "reproduced within noise"),
+        (("evaluate",), "reproduced within noise"),
+        (("merge",), "not reproduced: differs first in merge (hardware)"),
+    ],
+)
+def test_predictions_say_nothing_of_files_that_are_made_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, otherwise: tuple[str, ...], verdict: str
+) -> None:
+    assert repeated(tmp_path, monkeypatch, kind="hardware", otherwise=otherwise).verdict() == verdict
+
+
 def test_only_what_is_not_as_locked_is_described_of_packages(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text("numpy==0.1\npyarrow==0.2 ; python_version > '3'\nno-such-package==1.0\n")
@@ -156,6 +249,31 @@ def test_an_experiment_without_results_is_refused_before_anything_runs(
     monkeypatch.chdir(upstream)
     with pytest.raises(ConfigError, match="found no results of any stage"):
         reproduction.chosen(reproduction.locate("small-rank"), None, upstream)
+
+
+def test_a_plain_repro_is_looked_for_past_commits_that_lack_a_parameter(
+    upstream: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(upstream)
+    for text in ("seed: 3\n", PARAMS):
+        (upstream / "params.yaml").write_text(text)
+        (upstream / "dvc.lock").write_text(f"# results of {text}")
+        git(upstream, "add", "-A")
+        git(upstream, "commit", "-qm", text)
+    with pytest.raises(ConfigError, match="no commit of a branch or tag"):
+        reproduction.commit_of("repro-00000000")
+
+
+def test_data_whose_name_is_not_ascii_is_brought_into_the_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "données.csv.dvc").touch()
+    git(tmp_path, "add", "-A")
+    asked: list[str] = []
+    monkeypatch.setattr(reproduction, "dvc", lambda folder, *arguments: asked.extend(arguments) or 0)
+    reproduction.bring_data(tmp_path)
+    assert asked == ["checkout", "données.csv.dvc"]
 
 
 def test_a_plain_repro_is_found_by_the_commit_with_its_parameters_and_code(

@@ -56,6 +56,14 @@ def test_the_truly_best_is_among_those_not_told_from_the_best_and_a_bad_one_is_n
     assert np.mean([each.is_among(4) for each in found]) <= 0.05
 
 
+def test_a_setting_that_is_as_much_worse_on_every_row_is_told_from_the_best() -> None:
+    found = figures([np.ones((1, 32)), np.zeros((1, 32)), np.ones((1, 32))])
+    best = uncertainty.best(found, higher_is_better=True, confidence=0.95)
+    assert [best.is_among(k) for k in range(3)] == [True, False, True]
+    behind = uncertainty.simultaneous(found, np.array([[-1.0, 1, 0], [-1, 0, 1]]), confidence=0.95)
+    assert [each.is_told for each in behind] == [True, False]
+
+
 def test_the_best_is_the_lowest_where_lower_is_better() -> None:
     scores = [np.full((2, 30), value) + np.linspace(0, 1, 30) for value in (0.5, 0.2)]
     found = uncertainty.best(figures(scores), higher_is_better=False, confidence=0.95)

@@ -103,9 +103,11 @@ def advise(task: Task) -> Advice:
     base with examples scores ENOUGH  prompt, with examples
     fewer than FEW good rows          prompt: they are worth more as examples, and as a test
     measured: tuned beats examples    fine-tune
-    measured: it does not             prompt
+    measured: tuned is worse          prompt
     MANY good rows                    fine-tune: format and style are learned from so many
     otherwise                         prompt, until there are more rows
+
+    What was measured and tells neither is said as a reason.
     """
     rows = f"{task.rows} good rows to train on"
     scores = _scores(task)
@@ -122,8 +124,9 @@ def advise(task: Task) -> Advice:
         said = f"measured: tuned less the base with examples {low:+.2f} to {high:+.2f} {task.measure}"
         if low > 0:
             return Advice(task.name, "fine-tune", [said, rows, *scores])
-        if task.rows < MANY:
-            return Advice(task.name, "prompt", [f"{said}: no gain shown", rows, *_more(task, MANY), *scores])
+        if high < 0:
+            return Advice(task.name, "prompt", [said, rows, *scores])
+        scores = [f"{said}: no gain shown", *scores]
     if task.rows >= MANY:
         return Advice(task.name, "fine-tune", [f"{rows}, {MANY} teach format and style", *scores])
     return Advice(task.name, "prompt", [f"{rows}, {MANY} are wanted to fine-tune", *_more(task, MANY), *scores])

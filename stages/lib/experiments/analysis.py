@@ -1,6 +1,6 @@
 """A sweep judged by one measure: the best setting and those that may be it, what matters, and what would settle it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,9 +152,3 @@ def _detectable(found: Figures, best: Best) -> list[tuple[int, int, float]]:
         for seeds, rows in GROWN
         if others
     ]
-
-
-def seconds(rows: Sequence[Row]) -> Mapping[str, float]:
-    """Seconds of all trainings with their evaluations, where they are known."""
-    known = [row.cost.seconds * len(row.by_seed) for row in rows if row.cost.seconds is not None]
-    return {"known": float(len(known)), "total": float(sum(known))}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from stages.lib import estimate, numerics, products
+from stages.lib import cost, estimate, numerics
 from stages.lib.errors import ConfigError
 from stages.lib.schema.numerics import Numerics
 
@@ -36,6 +36,7 @@ class Device:
 
 
 def card(name: str, gib: int, tflops: float, source: str, *, has_bfloat16: bool = True) -> Device:
+    """A GPU as its data sheet has it. gib: all its memory. tflops: of dense products."""
     return Device(name, "cuda", USABLE * gib * GIB, REACHED * tflops * 1e12, has_bfloat16, source)
 
 
@@ -81,13 +82,13 @@ def here(model: PreTrainedModel, resolved: numerics.Resolved, tokens: int) -> De
     Args: model: without weights. tokens: of a batch.
     """
     memory, what = estimate.machine_memory(resolved.device)
-    limit = 1e9 * products.gflop_per_second(model, resolved, tokens, rounds=3, calls=3)
+    limit = cost.limit_here(model, resolved, tokens)
     threads = f", {torch.get_num_threads()} threads" if resolved.device == "cpu" else ""
     has_bfloat16 = resolved.compute_dtype == "bfloat16"
-    return Device(f"this machine ({what}{threads})", resolved.device, memory, limit, has_bfloat16, measured_beside())
+    return Device(f"this machine ({what}{threads})", resolved.device, memory, limit, has_bfloat16, how_measured())
 
 
-def measured_beside() -> str:
+def how_measured() -> str:
     """Where this machine's figure comes from: where others compute here, it is what is left to us."""
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     return "measured now" if load < cores / 2 else f"measured now, beside others: {load:.1f} processes on {cores} cores"

@@ -256,6 +256,8 @@ def per_doubling(
     """What doubling an amount, of training rows for instance, does to the figure, the other factors held.
 
     None where the amount does not vary, or only together with another factor.
+
+    Args: settings, amounts: (settings), in the order of the figures; an amount in any unit, above 0.
     """
     doublings = np.log2(amounts)
     if np.ptp(doublings) == 0:

@@ -28,9 +28,9 @@ def text(p: Params, found: Foreseen, data: Data, device: Device, *, price: float
         f"trains      {found.trainable:,} of {found.parameters:,} parameters",
         f"tokens      {plan.tokens:,}, of them {plan.labelled:,} labelled ({data.known_by})",
         f"steps       {plan.steps:,}, evaluations {plan.evaluations}",
-        f"memory      {total}, {found.verdict(device)}: there are {device.memory / GIB:.1f} GiB",
+        f"memory      {estimate.in_gib(total)}, {found.verdict(device)}: there are {device.memory / GIB:.1f} GiB",
     ]
-    lines += [f"  {name:<12}{size}" for name, size in found.memory.parts().items() if size.high]
+    lines += [f"  {name:<12}{estimate.in_gib(size)}" for name, size in found.memory.parts().items() if size.high]
     spent = found.seconds
     lines.append(f"time        {span(spent.expected)} ({span(spent.low)} to {span(spent.high)}), training alone")
     lines.append(f"            bare products: {device.limit / 1e12:.3g} TFLOP/s ({device.source})")
@@ -161,7 +161,7 @@ def table() -> str:
         fits=rows(["model", *SHOWN], ([short(name), *(fits(name, card) for card in cards)] for name in MODELS)),
         minutes=rows(["model", *SHOWN], ([short(name), *(minutes(name, card) for card in cards)] for name in MODELS)),
         cards=rows(["card", "GiB", "TFLOP/s on paper", "source"], map(card_line, devices.CARDS.values())),
-        against=rows(["model", "tokens", "G", "estimated, GiB", "seconds", "estimated"], against(a100)),
+        against=rows(["model", "tokens", "GB", "estimated, GiB", "seconds", "estimated"], against(a100)),
     )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from stages.lib import cost, estimate, files, tracking
 from stages.lib.errors import ConfigError
 from stages.lib.estimate import Range
-from stages.lib.experiments import devices, kept
+from stages.lib.experiments import advice, devices, kept
 from stages.lib.experiments.devices import Device
 from stages.lib.schema.base_model import BaseModel
 from stages.lib.schema.lora import Lora, check_together
@@ -20,6 +20,9 @@ from stages.lib.schema.train import Train, check_optimizer
 
 OF_DATA = ("base_model", "prompt", "data", "dedup", "split", "pack")
 """Sections of parameters that decide which tokens are trained on."""
+
+FILL = 0.97
+"""Share of a pack's room that holds tokens, metrics/tokenize_pack.json: 0.97 of the default data."""
 
 
 @dataclass
@@ -84,7 +87,7 @@ def data_of(params: Mapping[str, Any], *, rows: int | None = None, tokens: float
     """Tokens of the splits, from metrics/tokenize_pack.json where they are of these parameters.
 
     Where other data, another tokenizer or other lengths are asked for, its tokens a row and its share of labels are
-    taken to hold, and rows are those of split.max_rows, or as many as there were.
+    taken to hold; rows are as many as there were, or with another data, dedup or split those of `rows_of`.
 
     Args: params: nested. rows, tokens: of the training split, and mean tokens a row, where they are known better.
     Raises: ConfigError, when nothing is known.
@@ -100,7 +103,8 @@ def data_of(params: Mapping[str, Any], *, rows: int | None = None, tokens: float
     room = params["pack"]["max_tokens"]
     of_last = metrics["train/rows/packed"]
     per_row = tokens or found["train"].tokens / of_last
-    n_rows = rows or capped(params, of_last)
+    is_same = not {"data", "dedup", "split"} & set(changed)
+    n_rows = rows or (int(of_last) if is_same else rows_of(params, has_other_data="data" in changed))
     train = guessed(n_rows, min(per_row, room), room, found["train"].share())
     said = [f"{section} is not what was packed last" for section in changed]
     said += [f"taken to be {n_rows:,} rows of {per_row:,.0f} tokens, {train.share():.0%} of them labelled"]
@@ -124,17 +128,20 @@ def packed(metrics: Mapping[str, float], split: str) -> cost.Tokens:
     return cost.Tokens(*(int(metrics[f"{split}/{name}"]) for name in names))
 
 
-def capped(params: Mapping[str, Any], of_last: float) -> int:
-    """Rows of the training split: what split.max_rows lets through, or as many as last time."""
+def rows_of(params: Mapping[str, Any], *, has_other_data: bool) -> int:
+    """Rows of the training split: of each task what the last run had before caps, or what split.max_rows lets through.
+
+    Other data may have tasks that only split.max_rows names: of these so many.
+    """
+    prepared, split = (files.read_json(Path(f"metrics/{stage}.json")) for stage in ("prepare", "dedup_split"))
     most = params["split"]["max_rows"].get("train", {})
-    return int(sum(most.values()) if most else of_last)
+    there = {task.name: task.available for task in advice.tasks(prepared, split, {})}
+    if has_other_data:
+        there = most | there
+    return round(params["data"]["fraction"] * sum(min(n, most.get(task, n)) for task, n in there.items()))
 
 
 def guessed(rows: int, per_row: float, room: int, labelled: float) -> cost.Tokens:
     """Rows of some length, packed as full as rows of mixed length are."""
     tokens = round(rows * per_row)
     return cost.Tokens(max(1, round(tokens / (FILL * room))), tokens, round(labelled * tokens))
-
-
-FILL = 0.97
-"""Share of a pack's room that holds tokens, metrics/tokenize_pack.json: 0.97 of the default data."""

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -31,9 +32,9 @@ from stages.lib.schema.evaluate import Evaluate
 
 Causes = dict[str, list[str]]
 """Kind -> what is not as recorded, a line each. Kinds: code, parameters, data, base, package, hardware, threads,
-arithmetic; failed: the stage did not end; unknown: nothing is known that explains it."""
+arithmetic; unknown: nothing is known that explains it."""
 
-INPUTS = ("code", "parameters", "data", "base", "failed")  # with one of these it is another run, whatever its figures
+INPUTS = ("code", "parameters", "data", "base")  # with one of these it is another run, whatever its figures
 ELSEWHERE = ("DVC_", "MLFLOW_", "PIPELINE_")  # variables that lead out of the clone
 PREDICTIONS = Path("reports/evaluation/predictions.parquet")
 MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
@@ -54,21 +55,28 @@ class Difference:
 
 @dataclass
 class Reproduction:
-    """What came of it. stages: that were run and compared; restored: those that could not be, and why; environment:
-    what differs of it; threads: the number a stage needed to give the recorded bytes, where this machine's did not;
-    metrics: `stage/key` -> recorded and found, where they differ; figures: predictions compared, where hashes differ.
+    """What came of it. stages: that were run; restored: those that could not be, and why; failed: the one it ended at,
+    and why; environment: what differs of it; first: the first difference that remains, or, where none does, the last
+    that a stage lost on the recorded number of threads; threads: that number, then; metrics: `stage/key` -> recorded
+    and found, where they differ; figures: predictions compared, where the first difference acts on them.
     """
 
     folder: Path
     stages: list[str] = field(default_factory=list)
     restored: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     environment: Causes = field(default_factory=dict)
     first: Difference | None = None
     threads: str | None = None
     metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     figures: list[comparison.Line] = field(default_factory=list)
 
+    def is_exact(self) -> bool:
+        return not self.failed and (self.first is None or self.threads is not None)
+
     def verdict(self) -> str:
+        if self.failed:
+            return f"not reproduced: {', '.join(self.failed)} failed"
         if self.first is None:
             return "reproduced bit for bit"
         if self.threads:
@@ -132,8 +140,9 @@ def commit_of(key: str) -> str:
         with TemporaryDirectory() as scratch, tarfile.open(fileobj=BytesIO(archive)) as packed:
             packed.extractall(scratch, filter="data")
             folder = Path(scratch)
-            if tracking.key(yaml.safe_load((folder / "params.yaml").read_text()), folder) == key:
-                return revision
+            with suppress(KeyError):  # of a parameter that is younger than this commit
+                if tracking.key(yaml.safe_load((folder / "params.yaml").read_text()), folder) == key:
+                    return revision
     raise ConfigError(
         f"experiment: found {key}, a plain `dvc repro`, but no commit of a branch or tag with its parameters, code and "
         "data, and a dvc.lock. Expected one: commit before, and dvc.lock after a run, or name an experiment."
@@ -165,27 +174,29 @@ def reproduce(
             continue
         found.stages.append(name)
         if failure:
-            found.first = found.first or Difference(name, {}, {"failed": [failure]})
+            found.failed[name] = failure
             say(f"{name}: failed")
             break
         here = _described(folder / "runs", name)
         machine = environment_between(known.get(name) or next(iter(known.values()), None), here)
         found.environment |= machine
-        found.metrics |= metrics_between(name, experiment.metrics.get(name, {}), folder)
-        if (differing := changed(recorded[name], _lock(folder)[name])) and found.first is None:
+        if (differing := changed(recorded[name], _lock(folder)[name])) and (found.first is None or found.threads):
             causes = why(name, recorded[name], _lock(folder)[name], made, fetching(experiment), machine)
             outs = {path: changed_files(md5, folder / path) for path, md5 in differing.items()}
-            found.first = Difference(name, outs, causes)
+            found.first, found.threads = Difference(name, outs, causes), None
             threads = (known.get(name) or {}).get("threads", {}).get("threads")
             if "threads" in causes and threads and agrees_with(threads, folder, name, recorded[name]):
                 found.threads = threads
                 found.first = Difference(name, outs, {"threads": causes["threads"]})
+        found.metrics |= metrics_between(name, experiment.metrics.get(name, {}), folder)
         state = f"{len(differing)} of {len(recorded[name]['outs'])} outputs differ" if differing else "as recorded"
         say(f"{name}: {state}, {time.monotonic() - began:.0f} s")
         if found.first and found.first.is_of_inputs():
             break
-    if found.first and not found.threads and "evaluate" in found.stages and (folder / PREDICTIONS).exists():
-        found.figures = figures(experiment, folder, recorded)
+    if found.first and not found.threads:
+        acted_on = found.stages[found.stages.index(found.first.stage) :]
+        if "evaluate" in acted_on and (folder / PREDICTIONS).exists():
+            found.figures = figures(experiment, folder, recorded)
     return found
 
 
@@ -241,7 +252,7 @@ def bring_data(folder: Path) -> None:
 
     Raises: DataError, when neither has it.
     """
-    named = _git("-C", str(folder), "ls-files", "*.dvc").splitlines()
+    named = _git("-C", str(folder), "ls-files", "-z", "*.dvc").split("\0")[:-1]  # else it quotes names like données
     if named and dvc(folder, "checkout", *named) and dvc(folder, "pull", *named):
         raise DataError(
             f"{', '.join(named)}: neither DVC's cache nor a DVC remote has what they name, expected one of them. "
@@ -476,6 +487,7 @@ def report(found: Reproduction) -> list[str]:
             f"{difference.n} rows): {line.verdict('theirs')}"
         )
     lines += [f"{name}: restored, not run; nothing is proven about it" for name in found.restored]
+    lines += [f"{name} failed: {reason}" for name, reason in found.failed.items()]
     return [*lines, f"{found.verdict()} ({len(found.stages)} stages: {', '.join(found.stages)})"]
 
 

@@ -163,7 +163,8 @@ def best(found: Figures, *, higher_is_better: bool, confidence: float) -> Best:
     for k in range(len(means)) if len(means) > 1 else ():
         others = np.arange(len(means)) != k
         chance, scale = _scaled(off[:, others] - off[:, [k]])
-        ahead = np.divide(means[others] - means[k], scale, out=np.zeros(len(scale)), where=scale > 0)
+        gap = means[others] - means[k]
+        ahead = np.divide(gap, scale, out=np.where(gap > 0, np.inf, 0.0), where=scale > 0)  # the same on every row
         largest = chance.max(axis=1)
         p_values[k] = (1 + np.sum(largest >= ahead.max())) / (1 + len(largest))
         critical[k] = np.quantile(largest, confidence)
