@@ -43,7 +43,6 @@ class Analysis:
     more: tuple[tuple[Factor, Factor], ...]
     interplay: tuple[Interplay, ...]
     doubling: Interval | None
-    amounts: tuple[tuple[float, float], ...]
     detectable: tuple[tuple[int, int, float], ...]
     figures: Figures
     p: Evaluate
@@ -96,7 +95,6 @@ def analyse(settings: Sequence[Setting], tables: Sequence[Sequence[Scored]], mea
     ]
     of_factors = effects.effects(found, values, confidence=p.confidence)
     known = [each.factor for each in of_factors if each.is_estimable]
-    amounts = [setting.any.metrics["dedup_split"]["rows/train"] for setting in settings]
     return Analysis(
         measure,
         tuple(listed),
@@ -109,8 +107,7 @@ def analyse(settings: Sequence[Setting], tables: Sequence[Sequence[Scored]], mea
             if one != other and effects.matters_more(found, values, one, other, confidence=p.confidence)
         ),
         tuple(effects.interplay(found, values)),
-        effects.per_doubling(found, values, amounts, confidence=p.confidence),
-        tuple(zip(amounts, map(float, found.means), strict=True)),
+        effects.per_doubling(found, values, [setting.rows for setting in settings], confidence=p.confidence),
         tuple(_detectable(found, best)),
         found,
         p,

@@ -40,6 +40,11 @@ class Setting:
     def any(self) -> Experiment:
         return next(iter(self.trainings.values()))
 
+    @property
+    def rows(self) -> float:
+        """To train on."""
+        return self.any.metrics["dedup_split"]["rows/train"]
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -101,6 +101,7 @@ def render(
         )
         if a.effects
         else None,
+        kind=kind,
         seconds=_seconds(a.rows),
         shares_add_up=shares_add_up(a),
         reason=lambda text: text if len(text) <= REASON else text[: REASON - 1] + "\N{HORIZONTAL ELLIPSIS}",
@@ -264,7 +265,7 @@ def cost_picture(a: Analysis) -> Picture | None:
 
 def scaling_picture(a: Analysis) -> Picture | None:
     """Figures over training rows, where their number varied."""
-    amounts = [row.setting.any.metrics["dedup_split"]["rows/train"] for row in a.rows]
+    amounts = [row.setting.rows for row in a.rows]
     return _picture(a, "Training rows", amounts) if len(set(amounts)) > 1 else None
 
 
