@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,15 @@ def test_a_point_that_failed_is_not_listed_once_its_values_came_out_under_other_
 
 
 def test_trainings_of_another_state_of_the_code_are_named(root, monkeypatch, capsys) -> None:
-    keep(monkeypatch, root, grid())
+    stages = ("tokenize_pack", "qlora_train")
+    keep(monkeypatch, root, {name: (replace(made, stages=stages), rows) for name, (made, rows) in grid().items()})
 
     def lock(revision: str) -> str:
-        deps = [{"path": "stages/lib/packing.py", "md5": revision[-1]}, {"path": "data/packed", "md5": revision}]
-        stages = {"tokenize_pack": {"outs": [{"path": "data/packed"}]}, "qlora_train": {"deps": deps}}
-        return json.dumps({"stages": stages})
+        code = {"path": "stages/lib/packing.py", "md5": revision[-1]}
+        deps = [code, {"path": "data/packed", "md5": revision}]  # what a stage made may differ: parameters do
+        old = {"deps": [{"path": "stages/lib/merging.py", "md5": revision}]}  # of an earlier run
+        packed = {"outs": [{"path": "data/packed"}]}
+        return json.dumps({"stages": {"tokenize_pack": packed, "qlora_train": {"deps": deps}, "merge": old}})
 
     monkeypatch.setattr(kept, "at_revision", lambda revision: lambda path: lock(revision))
     assert sweep_report.main(["grid"]) == 0

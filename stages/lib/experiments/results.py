@@ -289,14 +289,15 @@ def absent(
 
 
 def mixed(experiments: Sequence[Experiment]) -> list[str]:
-    """Files that no stage makes and that experiments depend on with different contents: code, data, packages."""
-    seen: dict[str, set[str]] = {}
+    """Files that no stage makes and of which a stage read other contents in one experiment than in another."""
+    seen: dict[tuple[str, str], set[str]] = {}
     for experiment in experiments:
-        stages = kept.parse(experiment.read("dvc.lock") or "{}").get("stages", {}).values()
-        made = {out["path"] for stage in stages for out in stage.get("outs", [])}
-        for dep in (dep for stage in stages for dep in stage.get("deps", []) if dep["path"] not in made):
-            seen.setdefault(dep["path"], set()).add(dep["md5"])
-    return sorted(path for path, contents in seen.items() if len(contents) > 1)
+        lock = kept.parse(experiment.read("dvc.lock") or "{}").get("stages", {})
+        made = {out["path"] for stage in lock.values() for out in stage.get("outs", [])}
+        for stage in experiment.stages:  # of the others the lock holds what an earlier run read
+            for dep in (dep for dep in lock[stage].get("deps", []) if dep["path"] not in made):
+                seen.setdefault((stage, dep["path"]), set()).add(dep["md5"])
+    return sorted({path for (_, path), contents in seen.items() if len(contents) > 1})
 
 
 def mlflow_rows(sweep_id: str, uri: str) -> dict[str, tuple[str, str]] | None:
