@@ -57,7 +57,7 @@ def write(store: str, name: str, params: dict[str, Any], i: int) -> None:
     distance = abs(rate / 2.0e-4 - 1) / 4
     floor = 1.5 + distance / 4 + 0.1 / r + (0.05 if params["lora"]["target_modules"] == "attention" else 0.0)
     floor += draw.gauss(0, 0.01)
-    run_id = tracking.run_of(name, store)
+    run_id = tracking.run_of(name, store, params)
     tracking.log_parameters(run_id, params)
     points = [Metric("val/loss", floor + 1.2 * 0.97**step, 0, step) for step in range(0, STEPS + 1, 12)]
     points += [Metric("train/loss", floor + 1.3 * 0.96**s + draw.gauss(0, 0.03), 0, s) for s in range(1, STEPS + 1)]

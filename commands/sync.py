@@ -47,18 +47,24 @@ def main() -> int:
         return 2
     names, known = kept.references(), rows(experiment_id)
     fresh = {name: revision for name, (revision, _) in names.items() if not is_synced(known.get(name), revision)}
-    for name, revision in fresh.items():
-        bring_in(name, kept.at_revision(revision), experiment_id, {"dvc.exp_rev": revision})
+    ended = reconcile(experiment_id)
+    wanted = [(name, kept.at_revision(revision), {"dvc.exp_rev": revision}) for name, revision in fresh.items()]
     name = tracking.key(params)
     if name not in names and (name in known or tracking.ended(name)):
-        bring_in(name, in_folder, experiment_id, {})
-    ended = reconcile(experiment_id)
+        wanted.append((name, in_folder, {}))
+    lost = 0
+    for name, read, tags in wanted:
+        try:
+            bring_in(name, read, experiment_id, tags)
+        except mlflow.MlflowException as fault:
+            lost += 1
+            print(f"sync: {name} did not come in: {str(fault).splitlines()[0]}", file=sys.stderr)
     linked = name_trainings(rows(experiment_id))
     print(
         f"sync: {len(names)} DVC experiments in MLflow, {len(fresh)} of them looked at; "
         f"{ended} runs whose process is gone were ended; {linked} newly traced to the run that trained their adapter"
     )
-    return 0
+    return 1 if lost else 0
 
 
 def rows(experiment_id: str) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
 
     pipeline, lock, params = (kept.parse(read(path) or "{}") for path in ("dvc.yaml", "dvc.lock", "params.yaml"))
     client = MlflowClient()
-    run_id = tracking.run_of(name, experiment_id)
+    run_id = tracking.run_of(name, experiment_id, params)
     run = client.get_run(run_id)
     is_new = not (run.data.params or run.data.metrics)
     tracking.log_parameters(run_id, params)
@@ -158,6 +164,14 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
     ended = tracking.ended(name)
     was_run = "process" in run.data.tags or bool(ended)
     tags |= {tag: value for tag, value in ended.get("tags", {}).items() if tag not in run.data.tags}
+    left_at = {**tags, **run.data.tags}.get("failed_stage")
+    if not left_at and run.info.status in ("FAILED", "KILLED"):
+        left_at = run.data.tags.get("stage")
+    has_succeeded = "dvc.exp_rev" in tags and left_at in current  # since then, from DVC's cache
+    for tag in ("failed_stage", "failure") if has_succeeded else ():
+        tags.pop(tag, None)
+        if tag in run.data.tags:
+            client.delete_tag(run_id, tag)
     tags |= {f"md5.{path}": md5 for path, md5 in hashes.items()}
     if sweep := params.get("sweep", {}).get("id"):
         tags["sweep_id"] = sweep
@@ -168,8 +182,8 @@ def bring_in(name: str, read: Reader, experiment_id: str, tags: dict[str, str]) 
     if "dvc.exp_rev" in tags:
         tags[SYNCED] = " ".join([tags["dvc.exp_rev"], *lacking])
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    if "process" not in run.data.tags:
-        client.set_terminated(run_id, ended.get("status", "FINISHED"))
+    if has_succeeded or "process" not in run.data.tags:
+        client.set_terminated(run_id, "FINISHED" if has_succeeded else ended.get("status", "FINISHED"))
 
 
 def measured_here(name: str, stage: str) -> dict[str, float]:

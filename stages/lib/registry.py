@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.lib import comparison, files
+from stages.lib import comparison, files, tracking
 from stages.lib.comparison import BASELINES, TUNED, Line, Prediction
 from stages.lib.export import manifest
 from stages.lib.schema.evaluate import Evaluate
@@ -82,7 +82,7 @@ def find_run(name: str, experiment_id: str) -> Any:
     """The MLflow run of an experiment; None where there is none."""
     from mlflow import MlflowClient
 
-    found = MlflowClient().search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1)
+    found = MlflowClient().search_runs([experiment_id], tracking.named(name), max_results=1)
     return found[0] if found else None
 
 

@@ -17,13 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock
 
 from stages.lib import config, environment, files
 from stages.lib.errors import Pruned
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ ENDED = "ended.json"
 """In runs/<key>: how the last stage of an experiment ended, for `make sync` where MLflow did not hear of it."""
 
 UNTRACKED = ("runtime", "sweep", "checked")  # sections of params.yaml that cannot change a result
+
+AFTERWARDS = ("merge", "export")  # what is made of a trained model: to choose again makes no other experiment
 
 measured: dict[str, Any] = {}
 """Times, speeds, memory, host of this process: for runs/<key>/<stage>.json and MLflow, never for a DVC output."""
@@ -129,13 +134,7 @@ def connect(uri: str) -> str:
     """
     import mlflow
 
-    os.environ |= {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    client(uri)
     mlflow.set_tracking_uri(uri)
     with _lock():
         if found := mlflow.get_experiment_by_name(EXPERIMENT):
@@ -152,22 +151,56 @@ def connect(uri: str) -> str:
             raise
 
 
+def client(uri: str | None = None) -> "MlflowClient":
+    """MLflow's client, which asks a server that is away twice, not for minutes; of the store that `connect` chose."""
+    os.environ |= {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
 def _lock() -> FileLock:
     folder = environment.root() / "runs"
     folder.mkdir(exist_ok=True)
     return FileLock(folder / "tracking.lock", timeout=120)
 
 
-def run_of(name: str, experiment_id: str) -> str:
-    """The id of the one MLflow run of an experiment, created when there is none yet."""
-    from mlflow import MlflowClient
+def run_of(name: str, experiment_id: str, params: Mapping[str, Any]) -> str:
+    """The id of the one MLflow run of an experiment, created when there is none yet.
 
-    client = MlflowClient()
+    A run of that name with other parameters is of an attempt that left no experiment, or of one that `dvc exp run -f`
+    replaced: it keeps its record under <name>@<its id>.
+    """
+    store = client()
     with _lock():
-        found = client.search_runs([experiment_id], f"tags.`dvc.exp_name` = '{name}'", max_results=1)
-        if found:
-            return str(found[0].info.run_id)
-        return str(client.create_run(experiment_id, run_name=name, tags={"dvc.exp_name": name}).info.run_id)
+        for run in store.search_runs([experiment_id], named(name), max_results=1):
+            run_id = str(run.info.run_id)
+            if not contradicts(run.data.params, params):
+                return run_id
+            log.warning("%s: its row in MLflow was of other parameters and is now %s@%s", name, name, run_id[:8])
+            store.set_tag(run_id, "dvc.exp_name", f"{name}@{run_id[:8]}")
+            store.update_run(run_id, name=f"{name}@{run_id[:8]}")
+            if "sweep_id" in run.data.tags:
+                store.delete_tag(run_id, "sweep_id")
+        return str(store.create_run(experiment_id, run_name=name, tags={"dvc.exp_name": name}).info.run_id)
+
+
+def named(name: str) -> str:
+    """MLflow's filter for the run of an experiment."""
+    quote = '"' if "'" in name else "'"
+    return f"tags.`dvc.exp_name` = {quote}{name}{quote}"
+
+
+def contradicts(logged: Mapping[str, str], params: Mapping[str, Any]) -> bool:
+    """Whether a run's parameters are of another experiment: one that both have and that can change its result."""
+    sections = {name: values for name, values in params.items() if name not in (*UNTRACKED, *AFTERWARDS)}
+    return any(logged.get(name, str(value)) != str(value) for name, value in config.flat(sections).items())
 
 
 @contextmanager
@@ -204,7 +237,7 @@ def _open(stage: str, name: str, params: Mapping[str, Any]) -> None:
 
     experiment_id = connect(address(params["runtime"]["tracking_uri"]))
     os.environ.setdefault("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "5")
-    run_id = run_of(name, experiment_id)
+    run_id = run_of(name, experiment_id, params)
     found = mlflow.start_run(run_id=run_id, log_system_metrics=True).data.tags
     earlier = upstream(stage)
     if found.get("failed_stage") in (None, stage, *earlier):  # these have succeeded since, or are tried again

@@ -133,13 +133,13 @@ def test_sync_brings_in_a_cached_experiment_and_what_a_hiccup_left_out(
 
     store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
     client = MlflowClient()
-    hurt = tracking.run_of("hurt", store)
+    hurt = tracking.run_of("hurt", store, {})
     for step in (1, 2):
         client.log_metric(hurt, "train/loss", 1 / step, step=step)
     for _ in range(2):
         for name in ("hurt", "cached"):
             sync.bring_in(name, experiment.get, store, {})
-    for run_id in (hurt, tracking.run_of("cached", store)):
+    for run_id in (hurt, tracking.run_of("cached", store, {})):
         run: Any = client.get_run(run_id)
         steps = sorted(point.step for point in client.get_metric_history(run_id, "train/loss"))
         assert steps == [*range(1, STEPS + 1)]
@@ -152,13 +152,52 @@ def test_sync_brings_in_a_cached_experiment_and_what_a_hiccup_left_out(
         assert json.loads((attached / "samples.json").read_text())["data"] == [[2, "yes"]]
 
 
+@pytest.mark.parametrize(("stage", "status"), [("qlora_train", "FINISHED"), ("merge", "FAILED")])
+def test_a_run_that_failed_before_dvc_had_its_result_from_the_cache_is_finished(
+    experiment: dict[str, str], tmp_path: Path, stage: str, status: str
+) -> None:
+    from mlflow import MlflowClient
+
+    store, client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db"), MlflowClient()
+    run_id = tracking.run_of("one", store, {})
+    for tag, value in {"process": "elsewhere:1:1", "failed_stage": stage, "failure": "x", "stage": stage}.items():
+        client.set_tag(run_id, tag, value)
+    client.set_terminated(run_id, "FAILED")
+    sync.bring_in("one", experiment.get, store, {"dvc.exp_rev": "c1"})
+    run = client.get_run(run_id)
+    assert run.info.status == status
+    assert ("failure" in run.data.tags) == (status == "FAILED")
+
+
+def test_sync_goes_on_after_an_experiment_that_does_not_come_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowException
+
+    seen = []
+
+    def bring_in(name: str, *_: Any) -> None:
+        seen.append(name)
+        if name == "bad":
+            raise MlflowException("the store is locked")
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(sync, "bring_in", bring_in)
+    monkeypatch.setattr(kept, "references", lambda: {"bad": ("c1", "b"), "good": ("c2", "b")})
+    assert sync.main() == 1
+    assert seen == ["bad", "good"]
+    assert "bad did not come in: the store is locked" in capsys.readouterr().err
+
+
 def test_sync_looks_again_at_an_experiment_only_when_an_output_that_was_missing_is_back(
     experiment: dict[str, str], tmp_path: Path
 ) -> None:
     store = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
     adapter = tmp_path / ".dvc/cache/files/md5/22/bb.dir"
     adapter.rename(tmp_path / "away")
-    tracking.run_of("one", store)  # as a stage does, before any sync
+    tracking.run_of("one", store, {})  # as a stage does, before any sync
     assert not sync.is_synced(sync.rows(store)["one"], "c1")
     sync.bring_in("one", experiment.get, store, {"dvc.exp_rev": "c1"})
     run = sync.rows(store)["one"]

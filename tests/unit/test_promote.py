@@ -111,7 +111,7 @@ def tracked(folder: Path, uri: str, patches: pytest.MonkeyPatch) -> Iterator[Pat
     for name in ("load", "values"):  # params.yaml stays as it is, and composing it takes long
         patches.setattr(config, name, functools.cache(getattr(config, name)))
     before = mlflow.get_tracking_uri()
-    tracking.run_of(tracking.key(config.values()), tracking.connect(tracking.address(None)))
+    tracking.run_of(tracking.key(config.values()), tracking.connect(tracking.address(None)), {})
     yield folder
     mlflow.set_tracking_uri(before)
 
@@ -278,7 +278,7 @@ def test_the_experiment_that_trained_the_adapter_is_found_by_its_hash(repository
         git(repository, "add", "-A")
         git(repository, "commit", "-qm", name)
         git(repository, "update-ref", f"refs/exps/ab/cdef/{name}", "HEAD")
-        tracking.run_of(name, experiment)
+        tracking.run_of(name, experiment, {})
     params = config.values() | {"seed": 7}  # an experiment's params.yaml has no run of its own under `dvc repro`
     assert promote.made_by(None, params, experiment)[0] == "other-cats"
     with pytest.raises(promote.DataError, match="rocky-dogs: trained another adapter"):

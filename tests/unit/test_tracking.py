@@ -283,7 +283,7 @@ def test_a_run_that_did_not_train_names_the_first_that_trained_its_adapter(here:
     store = tracking.connect(f"sqlite:///{here}/mlflow.db")
     client = MlflowClient()
     for name, day in (("second", "2"), ("first", "1"), ("cached", None)):
-        run_id = tracking.run_of(name, store)
+        run_id = tracking.run_of(name, store, {})
         client.set_tag(run_id, "md5.models/adapter", "aa.dir")
         if day:
             client.set_tag(run_id, "ran.qlora_train", day)
@@ -291,3 +291,28 @@ def test_a_run_that_did_not_train_names_the_first_that_trained_its_adapter(here:
     found = sync.rows(store)
     assert found["cached"].data.tags["trained_by"] == "first"
     assert "trained_by" not in found["second"].data.tags
+
+
+def test_a_name_used_again_for_other_parameters_gets_a_row_of_its_own(here: Path, monkeypatch: Any) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("DVC_EXP_NAME", "it's-mine")  # git allows the quote
+    work("one", fault=errors.DataError("seed: found 3"))
+    work("one", {"val/loss": 1.0})  # the same again
+    (only,) = runs(here)
+    MlflowClient().set_tag(only.info.run_id, "sweep_id", "s")
+    other = tracking.run_of("it's-mine", only.info.experiment_id, {"seed": 4, "runtime": {"threads": 1}})
+    found = {run.info.run_id: run for run in runs(here)}
+    assert set(found) == {only.info.run_id, other}
+    retired = f"it's-mine@{only.info.run_id[:8]}"
+    assert found[only.info.run_id].data.tags["dvc.exp_name"] == found[only.info.run_id].info.run_name == retired
+    assert "sweep_id" not in found[only.info.run_id].data.tags
+    assert found[only.info.run_id].data.metrics == {"val/loss": 1.0}
+    assert found[other].data.metrics == {}
+
+
+def test_what_is_made_of_a_model_and_how_it_ran_makes_no_other_experiment() -> None:
+    logged = {"seed": "3", "merge.rows": "4", "runtime.threads": "2"}
+    params = {"seed": 3, "merge": {"rows": 8}, "runtime": {"threads": 1}, "lora": {"new": 1}}
+    assert not tracking.contradicts(logged, params)
+    assert tracking.contradicts(logged, params | {"seed": 4})

@@ -114,7 +114,7 @@ def of_mlflow(run_id: str) -> str:
 
     uri = tracking.address(config.values()["runtime"]["tracking_uri"])
     try:
-        return str(mlflow.MlflowClient(uri).get_run(run_id).data.tags["dvc.exp_name"])
+        return str(tracking.client(uri).get_run(run_id).data.tags["dvc.exp_name"])
     except (mlflow.MlflowException, KeyError) as fault:
         raise ConfigError(
             f"MLflow at {uri}: found no run {run_id} of an experiment ({str(fault).splitlines()[0]}). Expected an id "
@@ -389,10 +389,10 @@ def _measured(name: str) -> dict[str, dict[str, Any]]:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return {}
     try:
-        client = mlflow.MlflowClient(uri)
+        client = tracking.client(uri)
         mlflow.set_tracking_uri(uri)
         known = client.get_experiment_by_name(tracking.EXPERIMENT)
-        found = client.search_runs([known.experiment_id], f"tags.`dvc.exp_name` = '{name}'") if known else []
+        found = client.search_runs([known.experiment_id], tracking.named(name)) if known else []
         attached = [file.path for one in found for file in client.list_artifacts(one.info.run_id, "measured")]
         place = found[0].info.artifact_uri if found else ""
         return {Path(path).stem: mlflow.artifacts.load_dict(f"{place}/{path}") for path in attached}

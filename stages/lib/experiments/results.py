@@ -304,10 +304,10 @@ def mlflow_rows(sweep_id: str, uri: str) -> dict[str, tuple[str, str]] | None:
     """Status and reason of every row of a sweep in MLflow, by experiment; None where it has no store or is away."""
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None  # asking would make it
-    from mlflow import MlflowClient, MlflowException
+    from mlflow import MlflowException
 
     try:
-        client = MlflowClient(uri)
+        client = tracking.client(uri)
         experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
         asked = f"tags.sweep_id = '{sweep_id}'"
         found = client.search_runs([experiment.experiment_id], asked, max_results=50_000) if experiment else []
