@@ -19,7 +19,7 @@ repro: env  ## run the pipeline: only what is not up to date
 	@python -m commands.differences
 	dvc repro
 
-test: env  ## lint-free, offline, CPU-only tests; minutes
+test: env  ## the tests, offline, on the CPU; minutes
 	pytest -q
 
 test-long: env  ## the tests marked slow; up to an hour
@@ -31,7 +31,8 @@ test-gpu: env  ## the tests that need a CUDA device
 lint: env  ## ruff and mypy
 	ruff check . && ruff format --check . && mypy stages commands
 
-ui: sync  ## MLflow on http://127.0.0.1:5000
+ui: env  ## MLflow on http://127.0.0.1:5000
+	-python -m commands.sync
 	python -m commands.ui
 
 plots: env .dvc/plots/node_modules  ## draw the plots as a page: dvc_plots/index.html
@@ -53,10 +54,14 @@ deps: env  ## write into dvc.yaml which modules each stage imports
 pin: env  ## resolve base_model.revision: null to a commit, once: make pin MODEL=qwen3_0_6b
 	python -m commands.pin $(MODEL)
 
+SWEEPS = $(filter-out none,$(basename $(notdir $(wildcard conf/sweep/*.yaml))))
+
 sweep: env  ## run the points of a sweep that are missing: make sweep SWEEP=<file of conf/sweep> [J=2]
+	@test -n "$(SWEEP)" || { echo "sweep: found no SWEEP, expected one of conf/sweep: $(SWEEPS)" >&2; exit 2; }
 	@python -m commands.sweep $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
 
 search: env  ## let Optuna propose the points of a sweep: make search SWEEP=<file of conf/sweep> [J=2]
+	@test -n "$(SWEEP)" || { echo "search: found no SWEEP, expected one of conf/sweep with \`search\`: $(SWEEPS)" >&2; exit 2; }
 	@python -m commands.search $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
 
 export: env  ## merge and export the chosen experiment: make export EXP=<name>
@@ -109,9 +114,10 @@ advise: env  ## prompt, retrieve or fine-tune? by the data and the base's scores
 	@python -m commands.advise $(ARGS)
 
 reproduce: env  ## run an experiment again in a clean clone, compare every hash: make reproduce RUN=<name, commit or MLflow run id>
-	@python -m commands.reproduce $(if $(RUN),"$(RUN)") $(ARGS)
+	@test -n "$(RUN)" || { echo "reproduce: found no RUN, expected an experiment, a commit or the id of an MLflow run: make reproduce RUN=HEAD" >&2; exit 2; }
+	@python -m commands.reproduce "$(RUN)" $(ARGS)
 
-clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
+clean: env  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml

@@ -21,11 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from stages.lib import checkpoints, engine, stage, tracking
+from stages.lib import checkpoints, engine, leases, stage, tracking
 from stages.lib.errors import ConfigError, ExternalError, PipelineError
 from stages.lib.schema.runtime import Launcher, Runtime, check_launcher
-
-DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 _runtime: Runtime | None = None
 
@@ -83,8 +81,8 @@ def is_first() -> bool:
 
 
 def threads(cores: int, processes: int) -> int:
-    """Of each process: its share of the cores, as a power of two, for other numbers round differently."""
-    return 1 << (max(1, cores // processes).bit_length() - 1)
+    """Of each process, for its share of the cores."""
+    return leases.threads(max(1, cores // processes))
 
 
 def _torchrun(job: Job) -> Any:
@@ -149,7 +147,7 @@ def main(scratch: str, parent: str) -> int:
     import torch
     from torch import distributed
 
-    ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(stage.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         return 1
     rank, folder = int(os.environ["RANK"]), Path(scratch)

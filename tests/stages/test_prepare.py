@@ -215,7 +215,7 @@ def test_files_that_people_share_go_through_with_every_rejection_explained(
 
 def test_a_table_with_a_header_only_is_an_error(in_tmp: Path) -> None:
     Path("my.csv").write_text("prompt,completion\n")
-    with pytest.raises(DataError, match=r"my\.csv: holds no row"):
+    with pytest.raises(DataError, match=r"my\.csv: found no row, expected at least one\. Change data\.path\."):
         run(path="my.csv")
 
 
