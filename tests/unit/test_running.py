@@ -1,5 +1,6 @@
 """What the log of a point says about it, and how its experiment comes into the repository."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,17 @@ def test_an_experiment_that_was_removed_does_not_come_back(copied: Path) -> None
 
 def test_the_copies_that_may_hold_what_a_killed_driver_left_are_known(copied: Path) -> None:
     assert running.copies() == [copied]
+
+
+def test_a_repository_that_was_copied_has_no_edits_until_there_are_some(tmp_path: Path) -> None:
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    git(tmp_path, "init", "-q", "-b", "main", str(first))
+    (first / "notes.md").write_text("committed")
+    git(first, "add", "-A")
+    git(first, "commit", "-qm", "first")
+    for key, value in (("user.name", "A. Person"), ("user.email", "a@example.invalid")):
+        git(first, "config", key, value)
+    shutil.copytree(first, copy)
+    assert running.edits_of(copy) == ""
+    (copy / "notes.md").write_text("edited")
+    assert git(copy, "show", f"{running.edits_of(copy)}:notes.md") == "edited"

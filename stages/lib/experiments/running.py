@@ -278,7 +278,7 @@ def start_folder(sweep_id: str) -> Path:
     if pointers := [name for name in _git(root, "ls-files", "-z", "*.dvc").split("\0") if name]:
         _check_data(root, pointers)
     head = _git(root, "rev-parse", "HEAD")
-    edits = _git(root, "stash", "create")
+    edits = edits_of(root)
     tree = _git(root, "rev-parse", f"{edits or head}^{{tree}}")
     clone = folder(sweep_id) / f"at-{hashlib.sha256(f'{head} {tree}'.encode()).hexdigest()[:12]}"
     clone.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +298,12 @@ def start_folder(sweep_id: str) -> Path:
             files.write_json(clone / ".dvc/tmp/start.json", {"head": head, "edits": edits})
             restore(clone)
     return clone
+
+
+def edits_of(root: Path) -> str:
+    """A commit of the tracked files as they are now; empty where HEAD has them so."""
+    _git(root, "update-index", "-q", "--refresh", check=False)  # in a repository that was copied, stash fails without
+    return _git(root, "stash", "create")
 
 
 def _check_data(root: Path, pointers: Sequence[str]) -> None:
