@@ -19,7 +19,7 @@ repro: env  ## run the pipeline: only what is not up to date
 	@python -m commands.differences
 	dvc repro
 
-test: env  ## lint-free, offline, CPU-only tests; minutes
+test: env  ## the tests, offline, on the CPU, without lint; minutes
 	pytest -q
 
 test-long: env  ## the tests marked slow; up to an hour
@@ -34,7 +34,7 @@ lint: env  ## ruff and mypy
 ui: sync  ## MLflow on http://127.0.0.1:5000
 	python -m commands.ui
 
-plots: env .dvc/plots/node_modules  ## draw the plots as a page: dvc_plots/index.html
+plots: env .dvc/plots/node_modules  ## draw the plots as a page: dvc_plots/index.html; needs npm
 	dvc plots show
 
 .dvc/plots/node_modules: .dvc/plots/package.json
@@ -53,10 +53,16 @@ deps: env  ## write into dvc.yaml which modules each stage imports
 pin: env  ## resolve base_model.revision: null to a commit, once: make pin MODEL=qwen3_0_6b
 	python -m commands.pin $(MODEL)
 
+define needs_sweep
+@test -n "$(SWEEP)" || { echo "$(1): found no SWEEP, expected a file of conf/sweep ($(filter-out none,$(basename $(notdir $(wildcard conf/sweep/*.yaml))))): make $(1) SWEEP=<file>" >&2; exit 2; }
+endef
+
 sweep: env  ## run the points of a sweep that are missing: make sweep SWEEP=<file of conf/sweep> [J=2]
+	$(call needs_sweep,sweep)
 	@python -m commands.sweep $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
 
 search: env  ## let Optuna propose the points of a sweep: make search SWEEP=<file of conf/sweep> [J=2]
+	$(call needs_sweep,search)
 	@python -m commands.search $(SWEEP) $(if $(J),--workers $(J)) $(ARGS)
 
 export: env  ## merge and export the chosen experiment: make export EXP=<name>
@@ -109,9 +115,10 @@ advise: env  ## prompt, retrieve or fine-tune? by the data and the base's scores
 	@python -m commands.advise $(ARGS)
 
 reproduce: env  ## run an experiment again in a clean clone, compare every hash: make reproduce RUN=<name, commit or MLflow run id>
+	@test -n "$(RUN)" || { echo "reproduce: found no RUN, expected a name that \`dvc exp list\` shows, a commit or an MLflow run id: make reproduce RUN=<name>" >&2; exit 2; }
 	@python -m commands.reproduce $(if $(RUN),"$(RUN)") $(ARGS)
 
-clean:  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
+clean: env  ## remove what can be made again: DVC's cache of unused outputs, temporary runs
 	python -m commands.clean
 
 lock: env  ## renew requirements.lock from pyproject.toml
