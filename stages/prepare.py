@@ -63,22 +63,23 @@ def write(folder: Path, outcomes: Iterable[preparing.Outcome]) -> Mapping[str, T
 def too_few(name: str, data: Data, tally: Tally) -> str:
     """The message for a source of which nothing, or less than promised, can be used; empty for any other."""
     total, rejected = tally.counts["rows/in"], tally.counts["rows/rejected"]
-    place = {
-        Source.local: data.path,
-        Source.hub: str(data.id),
-        Source.url: str(data.url),
-        Source.python_docs: ", ".join(data.packages),
+    key, place = {
+        Source.local: ("path", data.path),
+        Source.hub: ("id", str(data.id)),
+        Source.url: ("url", str(data.url)),
+        Source.python_docs: ("packages", ", ".join(data.packages)),
     }[data.source]
+    key = f"data.sources.{name}.{key}" if name else f"data.{key}"
     place = f"data.sources.{name} ({place})" if name else place
     if not total:
-        return f"{place}: holds no row. Change data.path."
+        return f"{place}: holds no row, expected at least one. Change {key}."
     first = "".join(f"\n  {shown(row)}" for row in tally.first)
     codes = ", ".join(f"{count} {code}" for code, count in codes_of(tally.counts))
     if rejected == total:
         return (
             f"{place}: none of {total} rows can be used ({codes}), expected conversations that end with an answer, "
             f"or another format of data/README.md.{first}\n"
-            "Mend the rows, or change data.format, data.columns or data.path."
+            f"Mend the rows, or change data.format, data.columns or {key}."
         )
     if rejected > data.max_rejected_fraction * total:
         return (

@@ -118,7 +118,10 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not any(packing.trained_tokens(pack.labels) for pack in self.trainer.validation):
-            raise DataError("data/packed/validation: found no labelled token, expected some. Raise split.validation.")
+            raise DataError(
+                "data/packed/validation: found no labelled token, expected some. Raise split.validation_fraction or "
+                "split.max_rows.validation."
+            )
         live.start()
         self.planned = optimisation.evaluations(self.p, state.max_steps)
         self.steps_per_point = tracking.steps_per_point(state.max_steps)
