@@ -23,9 +23,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-HANDED_ON = (  # what decides arithmetic and paths in a process, read while libraries are loaded
+HANDED_ON = (  # what decides arithmetic, paths and whose training it is, for workers that the stage did not start
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
+    "DVC_EXP_NAME",
     "DVC_ROOT",
     "GOMP_SPINCOUNT",
     "HF_HUB_OFFLINE",
@@ -33,6 +34,7 @@ HANDED_ON = (  # what decides arithmetic and paths in a process, read while libr
     "MKL_DYNAMIC",
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
+    "PIPELINE_ROOT",
     "PYTHONPATH",
     "TOKENIZERS_PARALLELISM",
     "TORCHDYNAMO_DISABLE",
@@ -73,7 +75,10 @@ def run(job: launching.Job) -> Any:
         except WorkerGroupError as failed:
             raise _fault(failed) from failed
         except (TrainingFailedError, RayError) as failed:
-            raise ExternalError(f"Ray Train could not run the training: {str(failed).strip()}") from failed
+            raise ExternalError(
+                f"Ray Train could not run the training, expected {job.processes} workers: {str(failed).strip()}. See "
+                "`ray status`, or change runtime.ray_address or train.processes."
+            ) from failed
 
 
 @contextmanager
