@@ -37,7 +37,7 @@ def main() -> int:
     params = config.values()
     uri = tracking.address(params["runtime"]["tracking_uri"])
     try:
-        experiment_id = tracking.connect(uri)
+        return bring_in_all(tracking.connect(uri), params)
     except mlflow.MlflowException as fault:
         print(
             f"sync: no MLflow at {uri}: {str(fault).splitlines()[0]}. "
@@ -45,6 +45,12 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def bring_in_all(experiment_id: str, params: Mapping[str, Any]) -> int:
+    """Bring in what is new and end what is over; returns the exit status, 1 when an experiment did not come in."""
+    import mlflow
+
     names, known = kept.references(), rows(experiment_id)
     fresh = {name: revision for name, (revision, _) in names.items() if not is_synced(known.get(name), revision)}
     ended = reconcile(experiment_id)

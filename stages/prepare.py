@@ -72,7 +72,7 @@ def too_few(name: str, data: Data, tally: Tally) -> str:
     key = f"data.sources.{name}.{key}" if name else f"data.{key}"
     place = f"data.sources.{name} ({place})" if name else place
     if not total:
-        return f"{place}: found no row, expected at least one. Change {key}."
+        return f"{place}: holds no row, expected at least one. Change {key}."
     first = "".join(f"\n  {shown(row)}" for row in tally.first)
     codes = ", ".join(f"{count} {code}" for code, count in codes_of(tally.counts))
     if rejected == total:

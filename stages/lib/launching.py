@@ -8,7 +8,6 @@
 How many there are changes what is computed (train.processes); what starts them does not (runtime.launcher).
 """
 
-import ctypes
 import logging
 import os
 import pickle
@@ -22,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from stages.lib import checkpoints, engine, leases, stage, tracking
-from stages.lib.errors import ConfigError, ExternalError, PipelineError
+from stages.lib.errors import ExternalError, PipelineError
 from stages.lib.schema.runtime import Launcher, Runtime, check_launcher
 
 _runtime: Runtime | None = None
@@ -54,8 +53,8 @@ def launch(function: Callable[..., Any], *arguments: Any, processes: int, device
 
     Args: function: importable by name; every process calls it, and torch.distributed tells it who it is.
         device: that the processes compute on, cpu or cuda.
-    Raises: what function raises for the user to mend; ConfigError, when there are fewer GPUs than processes, or the
-        launcher is local; ExternalError, when a process was ended from outside.
+    Raises: what function raises for the user to mend; ConfigError, when the launcher is local; ExternalError,
+        when a process was ended from outside.
     """
     if _runtime is None or (_runtime.launcher is Launcher.local and processes == 1):
         return function(*arguments)
@@ -64,7 +63,7 @@ def launch(function: Callable[..., Any], *arguments: Any, processes: int, device
     module = spec.name if spec and function.__module__ == "__main__" else function.__module__
     job = Job(module, function.__name__, arguments, os.getcwd(), processes, device, _runtime, run=tracking.open_run())
     path = os.pathsep.join(filter(None, [str(engine.REPOSITORY), os.environ.get("PYTHONPATH")]))
-    shared = str(threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))), processes))
+    shared = str(leases.even(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))), processes))
     with engine.environment({"PYTHONPATH": path, "OMP_NUM_THREADS": shared, "MKL_NUM_THREADS": shared}):
         if _runtime.launcher is Launcher.ray:
             from stages.lib import launching_ray
@@ -80,23 +79,12 @@ def is_first() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def threads(cores: int, processes: int) -> int:
-    """Of each process, for its share of the cores."""
-    return leases.threads(max(1, cores // processes))
-
-
 def _torchrun(job: Job) -> Any:
     """Let torchrun's agent start the processes on this machine, and wait for them."""
-    import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if job.device == "cuda" and torch.cuda.device_count() < job.processes:
-        raise ConfigError(
-            f"train.processes: found {job.processes}, expected at most the {torch.cuda.device_count()} GPUs that this "
-            "process may use (CUDA_VISIBLE_DEVICES)."
-        )
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what is raised here
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "job").write_bytes(pickle.dumps(job))
@@ -147,7 +135,7 @@ def main(scratch: str, parent: str) -> int:
     import torch
     from torch import distributed
 
-    ctypes.CDLL(None).prctl(stage.PR_SET_PDEATHSIG, signal.SIGKILL)
+    stage.end_with_parent(signal.SIGKILL)
     if os.getppid() != int(parent):
         return 1
     rank, folder = int(os.environ["RANK"]), Path(scratch)

@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-HANDED_ON = (  # what decides arithmetic and paths in a process; some is read while libraries are loaded
+HANDED_ON = (  # what decides arithmetic, paths and whose training it is, for workers that the stage did not start
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
     "DVC_EXP_NAME",
@@ -76,9 +76,8 @@ def run(job: launching.Job) -> Any:
             raise _fault(failed) from failed
         except (TrainingFailedError, RayError) as failed:
             raise ExternalError(
-                f"Ray Train could not run the training: {str(failed).strip()}. Expected {job.processes} workers of "
-                f"{job.runtime.ray_address or 'a cluster started here'}; `ray status` shows what it has. Change "
-                "runtime.ray_address or train.processes."
+                f"Ray Train could not run the training, expected {job.processes} workers: {str(failed).strip()}. See "
+                "`ray status`, or change runtime.ray_address or train.processes."
             ) from failed
 
 

@@ -57,12 +57,17 @@ def cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // at_once())
 
 
-def threads(share: int | None = None) -> int:
-    """Threads of the arithmetic for a share of the cores, by default this process's: the largest power of two in it.
+def threads() -> int:
+    """Threads of the arithmetic for this process's share of the cores."""
+    return even(cores(), 1)
+
+
+def even(cores: int, among: int) -> int:
+    """Threads for each of several processes: the largest power of two in its share of the cores.
 
     Sums split among 3 threads end in other last bits than those among 1, 2, 4 or 8.
     """
-    return 1 << ((share or cores()).bit_length() - 1)
+    return 1 << (max(1, cores // among).bit_length() - 1)
 
 
 def hold_devices(wanted: int, devices: Sequence[str] | None = None, *, poll: float = 1.0) -> list[str]:

@@ -46,7 +46,8 @@ def run(
     """
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _terminated)
-    _end_with_dvc()
+    if "DVC_STAGE" in os.environ:  # nobody would take what an orphan of DVC makes
+        end_with_parent(signal.SIGTERM)
     try:
         p = config.load(params, sys.argv[1:])
         outside = config.load(Outside, sys.argv[1:])
@@ -100,10 +101,10 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise tracking.Killed(128 + number)
 
 
-def _end_with_dvc() -> None:
-    """Let the system send SIGTERM when DVC ends first: nobody would take what an orphan of it makes."""
-    if "DVC_STAGE" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(number: signal.Signals) -> None:
+    """Let the system send this process a signal when the one that started it ends first."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def restoration(name: str) -> str:

@@ -120,7 +120,7 @@ class Watch(TrainerCallback):
         if not any(packing.trained_tokens(pack.labels) for pack in self.trainer.validation):
             raise DataError(
                 "data/packed/validation: found no labelled token, expected some. Raise split.validation_fraction or "
-                "split.max_rows.validation, or let pack.labels take in more."
+                "split.max_rows.validation."
             )
         live.start()
         self.planned = optimisation.evaluations(self.p, state.max_steps)

@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,18 @@ def test_files_that_people_share_go_through_with_every_rejection_explained(
 
 def test_a_table_with_a_header_only_is_an_error(in_tmp: Path) -> None:
     Path("my.csv").write_text("prompt,completion\n")
-    with pytest.raises(DataError, match=r"my\.csv: found no row, expected at least one\. Change data\.path\."):
+    with pytest.raises(DataError, match=r"my\.csv: holds no row, expected at least one\. Change data\.path"):
         run(path="my.csv")
+
+
+@pytest.mark.parametrize(("source", "key"), [(Source.hub, "id"), (Source.url, "url"), (Source.python_docs, "packages")])
+@pytest.mark.parametrize(("name", "section"), [("", "data"), ("mine", "data.sources.mine")])
+def test_a_source_without_rows_is_mended_by_its_own_key(source: Source, key: str, name: str, section: str) -> None:
+    data = settings()
+    data.source = source
+    assert prepare.too_few(name, data, prepare.Tally()).endswith(f"Change {section}.{key}.")
+    of_none = prepare.Tally(Counter({"rows/in": 1, "rows/rejected": 1, "rejected/bad_json": 1}))
+    assert prepare.too_few(name, data, of_none).endswith(f"or {section}.{key}.")
 
 
 def test_a_data_set_of_the_hub_is_read_by_commit(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,23 @@ def test_sync_goes_on_after_an_experiment_that_does_not_come_in(
     assert "bad did not come in: the store is locked" in capsys.readouterr().err
 
 
+def test_sync_says_it_in_one_line_when_the_server_goes_away_midway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowException
+
+    def gone(experiment_id: str) -> int:
+        raise MlflowException("connection refused")
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(kept, "references", lambda: {})
+    monkeypatch.setattr(sync, "reconcile", gone)
+    assert sync.main() == 2
+    assert "sync: no MLflow at sqlite:" in capsys.readouterr().err
+
+
 def test_sync_looks_again_at_an_experiment_only_when_an_output_that_was_missing_is_back(
     experiment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -29,13 +29,6 @@ BFLOAT16 = Numerics(
 )
 
 
-@pytest.mark.parametrize(
-    ("cores", "processes", "each"), [(2, 1, 2), (2, 2, 1), (1, 2, 1), (16, 3, 4), (3, 1, 2), (64, 8, 8)]
-)
-def test_cores_are_shared_as_powers_of_two(cores: int, processes: int, each: int) -> None:
-    assert launching.threads(cores, processes) == each
-
-
 def test_the_local_launcher_refuses_several_processes() -> None:
     check_launcher(Launcher.local, 1)
     check_launcher(Launcher.torchrun, 2)
@@ -100,3 +93,8 @@ def test_what_a_process_raised_is_raised_here_and_the_others_fail_of_it(tmp_path
 def test_a_signal_from_outside_is_named_before_what_it_made_of_the_others(tmp_path: Path) -> None:
     fault = launching._fault(tmp_path, {0: 1, 1: -signal.SIGKILL, 2: -signal.SIGTERM})
     assert str(fault).startswith("process 1 of train.processes ended by signal SIGKILL")
+
+
+def test_a_worker_of_ray_tells_how_its_experiment_goes_where_a_search_listens() -> None:
+    launching_ray = pytest.importorskip("stages.lib.launching_ray")
+    assert {"DVC_EXP_NAME", "PIPELINE_ROOT"} <= set(launching_ray.HANDED_ON)

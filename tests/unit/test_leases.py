@@ -108,3 +108,10 @@ def test_outside_of_a_queue_one_experiment_has_all_cores(monkeypatch: pytest.Mon
     monkeypatch.delenv(leases.WORKERS, raising=False)
     monkeypatch.setenv("DVC_EXP_NAME", "by-hand")
     assert leases.at_once() == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "each"), [(2, 1, 2), (2, 2, 1), (1, 2, 1), (16, 3, 4), (3, 1, 2), (64, 8, 8)]
+)
+def test_processes_of_a_training_share_its_cores_as_powers_of_two(cores: int, processes: int, each: int) -> None:
+    assert leases.even(cores, processes) == each

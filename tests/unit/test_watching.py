@@ -161,6 +161,12 @@ def test_a_step_without_a_labelled_token_stops_the_run(tiny_model_dir: Path, tok
         fit(tiny_model_dir, tokenizer, TRAIN, rows=unlabelled)
 
 
+def test_a_validation_split_without_a_labelled_token_names_keys_of_the_split() -> None:
+    watch: Any = Watch(SimpleNamespace(validation=[]), TRAIN, SimpleNamespace())
+    with pytest.raises(DataError, match=r"split\.validation_fraction or split\.max_rows\.validation"):
+        watch.on_train_begin(None, None, None)
+
+
 def test_what_was_watched_goes_on_from_its_state(tiny_model_dir: Path) -> None:
     one: Any = Watch(SimpleNamespace(), TRAIN, SimpleNamespace())
     one.trained.curve, one.trained.samples = [{"step": 1, "val_loss": 2.5}], [{"step": 1, "answer": "fox"}]
