@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -17,7 +18,8 @@ os.environ.setdefault("MKL_DYNAMIC", "FALSE")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
-for name in ("PIPELINE_ROOT", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
+STORE = "MLFLOW_TRACKING_URI"
+for name in ("PIPELINE_ROOT", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", STORE):
     os.environ.pop(name, None)
 
 CHATML = (
@@ -92,6 +94,16 @@ def throwaway_tokenizer():  # type: ignore[no-untyped-def]
         pad_token="<|im_end|>",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture(autouse=True)
+def own_store() -> Iterator[None]:
+    """MLflow writes the store it is told into the environment, where the processes of a later test would find it."""
+    before = os.environ.get(STORE)
+    yield
+    os.environ.pop(STORE, None)
+    if before is not None:
+        os.environ[STORE] = before
 
 
 @pytest.fixture(autouse=True)
