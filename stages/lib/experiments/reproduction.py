@@ -138,7 +138,8 @@ def commit_of(key: str) -> str:
     for revision in _git("rev-list", "--branches", "--remotes", "--tags", "HEAD", "--", "dvc.lock").split():
         archive = subprocess.run(["git", "archive", revision], capture_output=True, check=True).stdout
         with TemporaryDirectory() as scratch, tarfile.open(fileobj=BytesIO(archive)) as packed:
-            packed.extractall(scratch, filter="data")
+            packed.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 before .4 has none
+            packed.extractall(scratch)
             folder = Path(scratch)
             with suppress(KeyError):  # of a parameter that is younger than this commit
                 if tracking.key(yaml.safe_load((folder / "params.yaml").read_text()), folder) == key:
