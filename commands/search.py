@@ -52,12 +52,7 @@ def run(asked: argparse.Namespace) -> int:
         return 1
     failed = search.reasons(study)
     if failed:
-        print(
-            "\n  ".join(
-                [f"{len(failed)} trials failed; with ARGS=--retry the same command tries these again:", *failed]
-            ),
-            file=sys.stderr,
-        )
+        print(f"{len(failed)} trials failed; ARGS=--retry tries these again:", *failed, sep="\n  ", file=sys.stderr)
     sync.main()
     print(f"search {p.id}: {search.summary(study, p)}")
     return 1 if failed else 0

@@ -134,7 +134,7 @@ def connect(uri: str) -> str:
     """
     import mlflow
 
-    client(uri)
+    _be_brief()
     mlflow.set_tracking_uri(uri)
     with _lock():
         if found := mlflow.get_experiment_by_name(EXPERIMENT):
@@ -152,7 +152,15 @@ def connect(uri: str) -> str:
 
 
 def client(uri: str | None = None) -> "MlflowClient":
-    """MLflow's client, which asks a server that is away twice, not for minutes; of the store that `connect` chose."""
+    """MLflow's client of a store, by default of the one that `connect` chose. It makes a store that is missing."""
+    from mlflow import MlflowClient
+
+    _be_brief()
+    return MlflowClient(uri)
+
+
+def _be_brief() -> None:
+    """Let MLflow ask a server that is away twice, not for minutes, and say little."""
     os.environ |= {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -160,9 +168,6 @@ def client(uri: str | None = None) -> "MlflowClient":
     }
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
 
 
 def _lock() -> FileLock:
